@@ -1,0 +1,84 @@
+"""A noise as it stands in a task's YAML: one small mapping, checked strictly."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import NoiseError
+from .registry import ImageNoise, Mode, apply, check_request, image_noises
+from .seeding import SampleKey
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """Which corruption a task variant applies; two equal specs make equal pixels.
+
+    Attributes:
+        name: one of :func:`image_noises`.
+        severity: 1..5.
+        seed: the suite's seed, at least 0.
+        version: must be the version this release implements; None stands for it and is replaced by it.
+        mode: ``native`` or ``scaled``.
+
+    Raises:
+        NoiseError: any field is invalid.
+    """
+
+    name: str
+    severity: int
+    seed: int = 0
+    version: int | None = None
+    mode: Mode = "native"
+
+    def __post_init__(self) -> None:
+        self._check("noise")
+
+    @classmethod
+    def from_mapping(cls, mapping: Any, where: str = "noise") -> NoiseSpec:
+        """Read ``{name: gaussian_noise, severity: 3, seed: 0, version: 1, mode: native}``; the last three may lack.
+
+        Args:
+            mapping: what the YAML holds.
+            where: what error messages begin with, for example ``vqav2.yaml: noise``.
+
+        Raises:
+            NoiseError: no mapping, an unknown or missing key, or an invalid value.
+        """
+        if not isinstance(mapping, Mapping):
+            raise NoiseError(f"{where}: expected a mapping such as {{name: fog, severity: 3}}, got {mapping!r}.")
+        known = [field.name for field in fields(cls)]
+        for key in mapping:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"Did you mean {close[0]!r}? " if close else ""
+                raise NoiseError(f"{where}: unknown key {key!r}. {hint}Known: {', '.join(known)}.")
+        for key in ("name", "severity"):
+            if key not in mapping:
+                raise NoiseError(f"{where}: {key!r} is missing. Write for example {{name: fog, severity: 3}}.")
+        try:
+            return cls(**mapping)
+        except NoiseError as error:
+            raise NoiseError(where + str(error).removeprefix("noise")) from None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The complete mapping, every key present, for YAML and records."""
+        return asdict(self)
+
+    def noise(self) -> ImageNoise:
+        """The corruption itself: id, exactness, geometry, parameters, documentation."""
+        return image_noises()[self.name]
+
+    def apply(self, image: Any, key: SampleKey) -> Any:
+        """:func:`bitquake.noise.apply` with this spec."""
+        return apply(
+            image, self.name, severity=self.severity, key=key, mode=self.mode, seed=self.seed, version=self.version
+        )
+
+    def _check(self, where: str) -> None:
+        known = image_noises().get(self.name) if isinstance(self.name, str) else None
+        version = known.version if known and self.version is None else self.version
+        check_request(self.name, self.severity, self.seed, version, self.mode, where)
+        object.__setattr__(self, "version", version)

@@ -1,0 +1,269 @@
+"""Promises about every corruption: same bytes everywhere, any size, input untouched, harder with severity.
+
+``python tests/noise/test_apply.py`` prints the hashes of the exact corruptions; goldens.json holds them, and changes
+only together with a corruption's version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from bitquake.noise import SEVERITIES, ImageError, ImageNoise, SampleKey, apply, image_noises, pixel_hash
+from bitquake.noise.registry import image_noise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+NOISES = list(image_noises())
+MODES = ("native", "scaled")
+SIZES = ((1, 1), (5, 7), (64, 64), (480, 640))
+GOLDENS = Path(__file__).with_name("goldens.json")
+any_noise = pytest.mark.parametrize("name", NOISES)
+call: Any = apply  # the tests pass modes as plain strings
+
+
+def key(sample: object) -> SampleKey:
+    return SampleKey("goldens", "test", str(sample))
+
+
+def scene(height: int, width: int) -> np.ndarray:
+    """A picture made by integer arithmetic: a gradient, discs, a checkerboard, and texture."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.int64)
+    out = np.empty((height, width, 3), np.int64)
+    for channel, (down, across) in enumerate(((160, 60), (90, 120), (30, 190))):
+        out[:, :, channel] = 20 + down * y // height + across * x // width
+    side = min(height, width)
+    for cy, cx, colour in ((3, 3, (230, 40, 30)), (6, 5, (30, 60, 220)), (4, 7, (240, 230, 60))):
+        inside = (10 * y - cy * height) ** 2 + (10 * x - cx * width) ** 2 < (2 * side) ** 2
+        out[inside] = colour
+    corner = (2 * y > height) & (4 * x > 3 * width)
+    out[corner] = ((y * 16 // height + x * 16 // width) % 2 * 200 + 25)[corner][:, None]
+    out += ((x * 7919 + y * 104729 + x * y * 31) % 17 - 8)[:, :, None]
+    return out.clip(0, 255).astype(np.uint8)
+
+
+def observed() -> dict[str, list[str]]:
+    """name@version/mode/HxW -> one hash per severity, for every corruption that declares itself exact."""
+    hashes = {}
+    for noise in image_noises().values():
+        if noise.exactness == "exact":
+            for mode in MODES:
+                for height, width in SIZES:
+                    image = scene(height, width)
+                    hashes[f"{noise.name}@{noise.version}/{mode}/{height}x{width}"] = [
+                        pixel_hash(call(image, noise.name, severity=s, key=key(height), mode=mode, seed=1))
+                        for s in SEVERITIES
+                    ]
+    return hashes
+
+
+def test_exact_corruptions_give_the_golden_bytes() -> None:
+    assert observed() == json.loads(GOLDENS.read_text())
+
+
+def test_the_instruction_set_does_not_change_a_byte() -> None:
+    """A fresh process whose NumPy and OpenCV may not use the vector instructions that this machine has."""
+    vector = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    slow = {"NPY_DISABLE_CPU_FEATURES": " ".join(vector), "OPENCV_CPU_DISABLE": "AVX,AVX2,AVX512-SKX,FP16"}
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__))], env=os.environ | slow, capture_output=True, text=True, check=True
+    )
+    assert json.loads(run.stdout) == json.loads(GOLDENS.read_text())
+
+
+@any_noise
+def test_a_fresh_process_in_another_order_gives_the_same_bytes(name: str) -> None:
+    image = scene(40, 60)
+    here = {s: pixel_hash(apply(image, name, severity=s, key=key(s))) for s in SEVERITIES}
+    code = (
+        "import sys, numpy as np; from bitquake.noise import *\n"
+        "image = np.frombuffer(sys.stdin.buffer.read(), np.uint8).reshape(40, 60, 3)\n"
+        "np.random.seed(3)\n"
+        f"for s in (5, 3, 1, 2, 4): print(s, pixel_hash(apply(image, {name!r}, severity=s, "
+        "key=SampleKey('goldens', 'test', str(s)))))\n"
+    )
+    env = os.environ | {"PYTHONHASHSEED": "77"}
+    run = subprocess.run([sys.executable, "-c", code], input=image.tobytes(), env=env, capture_output=True, check=True)
+    assert dict(line.split() for line in run.stdout.decode().splitlines()) == {str(s): h for s, h in here.items()}
+
+
+@any_noise
+def test_threads_do_not_change_a_byte(name: str) -> None:
+    image = scene(240, 320)
+    jobs = [(s, i) for s in SEVERITIES for i in range(4)]
+    alone = {job: pixel_hash(apply(image, name, severity=job[0], key=key(job[1]))) for job in jobs}
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(4)
+        with ThreadPoolExecutor(4) as pool:
+            together = pool.map(
+                lambda job: pixel_hash(apply(image, name, severity=job[0], key=key(job[1]))), jobs[::-1]
+            )
+            assert dict(zip(jobs[::-1], together, strict=True)) == alone
+        cv2.setNumThreads(1)
+        assert pixel_hash(apply(image, name, severity=5, key=key(0))) == alone[5, 0]
+    finally:
+        cv2.setNumThreads(before)
+
+
+@pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "fog"])
+def test_distinct_samples_get_independent_noise(name: str) -> None:
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    fields = np.stack([apply(grey, name, severity=2, key=key(i)).ravel() for i in range(40)]).astype(float)
+    assert len({field.tobytes() for field in fields}) == 40
+    pairs = np.corrcoef(fields)[np.triu_indices(40, 1)]
+    assert abs(pairs.mean()) < 4 * pairs.std() / np.sqrt(40)
+    if name != "fog":  # two fogs, each little more than a slope over 64 pixels, may well agree by chance
+        assert np.abs(pairs).max() < 0.05
+
+
+@pytest.mark.parametrize(("name", "least"), [("gaussian_noise", 0.98), ("shot_noise", 0.9), ("fog", 0.7)])
+def test_severities_share_one_field(name: str, least: float) -> None:
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    fields = [apply(grey, name, severity=s, key=key(0)).ravel().astype(float) for s in (1, 2, 3)]
+    assert np.corrcoef(fields).min() > least
+
+
+@pytest.mark.parametrize("mode", MODES)
+@any_noise
+def test_quality_falls_with_severity(name: str, mode: str) -> None:
+    """Mean squared error rises from severity to severity, on average over samples, in both modes and at both sizes."""
+    for image in (scene(64, 64), scene(240, 320)):
+        errors = [
+            np.mean(
+                [
+                    np.square(call(image, name, severity=s, key=key(i), mode=mode) - image.astype(float)).mean()
+                    for i in range(16)
+                ]
+            )
+            for s in SEVERITIES
+        ]
+        assert errors[0] > 5 and errors == sorted(errors), errors
+        assert errors[4] > 1.5 * errors[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    name=st.sampled_from(NOISES),
+    severity=st.sampled_from(SEVERITIES),
+    mode=st.sampled_from(MODES),
+    seed=st.integers(0, 2**64),
+)
+def test_any_size_keeps_shape_and_type_and_leaves_the_input_alone(
+    height: int, width: int, name: str, severity: int, mode: str, seed: int
+) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    before = image.copy()
+    image.flags.writeable = False
+    out = call(image, name, severity=severity, key=key(0), mode=mode, seed=seed)
+    assert out.dtype == np.uint8 and out.shape == image.shape
+    assert np.array_equal(image, before)
+    assert out.flags.writeable and out.flags.c_contiguous and not np.shares_memory(out, image)
+    assert np.array_equal(out, call(image, name, severity=severity, key=key(0), mode=mode, seed=seed))
+
+
+@any_noise
+def test_extreme_shapes(name: str) -> None:
+    for shape in ((1, 3000), (3000, 1), (2, 2), (1031, 9)):
+        for mode in MODES:
+            assert call(scene(*shape), name, severity=5, key=key(0), mode=mode).shape == (*shape, 3)
+
+
+@any_noise
+def test_flat_pictures_stay_finite(name: str) -> None:
+    for level in (0, 255):
+        flat = np.full((20, 30, 3), level, np.uint8)
+        out = apply(flat, name, severity=5, key=key(0))
+        if name in ("defocus_blur", "contrast", "jpeg_compression"):
+            assert np.array_equal(out, flat)
+
+
+@any_noise
+def test_scaled_equals_native_at_the_reference_size(name: str) -> None:
+    image = scene(224, 300)
+    for severity in (1, 5):
+        native = apply(image, name, severity=severity, key=key(0))
+        assert np.array_equal(native, apply(image, name, severity=severity, key=key(0), mode="scaled"))
+
+
+def test_the_result_is_of_the_kind_given_and_its_pixels_do_not_depend_on_it() -> None:
+    array = scene(20, 30)
+    as_array = apply(array, "shot_noise", severity=2, key=key(0))
+    as_image = apply(Image.fromarray(array), "shot_noise", severity=2, key=key(0))
+    assert isinstance(as_image, Image.Image) and as_image.mode == "RGB" and as_image.size == (30, 20)
+    assert isinstance(as_array, np.ndarray) and np.array_equal(as_array, np.asarray(as_image))
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"):
+        picture = Image.new(mode, (9, 6))
+        assert apply(picture, "fog", severity=1, key=key(0)).mode == "RGB"
+    assert apply(array[:, :, 0], "fog", severity=1, key=key(0)).shape == (20, 30, 3)
+    assert apply(array[::2, ::-1], "fog", severity=1, key=key(0)).shape == (10, 30, 3)
+
+
+@pytest.mark.parametrize("image", [None, b"", "photo.jpg", [[0]], np.zeros((4, 4, 3)), Image.new("RGB", (0, 1))])
+def test_no_image_no_noise(image: object) -> None:
+    with pytest.raises(ImageError):
+        call(image, "fog", severity=1, key=key(0))
+
+
+def test_every_corruption_declares_itself() -> None:
+    noises = image_noises()
+    assert [n.id for n in noises.values()] == [1, 2, 3, 4, 5, 6]  # ids are part of the seeds: they never change
+    for name, noise in noises.items():
+        assert isinstance(noise, ImageNoise) and noise.name == name and noise.geometry == "preserved"
+        assert noise.exactness == ("build-dependent" if name == "jpeg_compression" else "exact")
+        assert len(noise.parameters) == 5
+        for word in ("Parameters:", "ImageNet-C", "spatial", *noise.parameters[0]):
+            assert word in noise.documentation
+    noises.clear()
+    assert len(image_noises()) == 6  # the caller got a copy
+
+
+def test_a_corruption_cannot_take_another_ones_name_or_id() -> None:
+    values = {"amount": (1.0, 2.0, 3.0, 4.0, 5.0)}
+
+    def fog(image: Any, parameters: Any, stream: Any) -> Any:
+        return image
+
+    def sleet(image: Any, parameters: Any, stream: Any) -> Any:
+        return image
+
+    for corrupt, number, table in ((fog, 99, values), (sleet, 4, values), (sleet, 99, {"amount": (1.0, 2.0)})):
+        with pytest.raises(ValueError, match=corrupt.__name__):
+            image_noise(id=number, version=1, exactness="exact", parameters=table)(corrupt)
+    assert list(image_noises()) == NOISES
+
+
+def test_the_room_imports_nothing_heavy() -> None:
+    code = "import sys, bitquake.noise; print(' '.join(sorted({name.partition('.')[0] for name in sys.modules})))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "lmms_eval", "datasets", "scipy", "transformers"} & set(run.stdout.split())
+
+
+def test_working_memory_stays_below_eight_times_the_picture() -> None:
+    """Measured by tracemalloc, which sees NumPy's buffers; OpenCV's and Pillow's own are a copy of the picture each."""
+    import tracemalloc
+
+    image = scene(480, 640)
+    for name in NOISES:
+        for mode in MODES:
+            call(image, name, severity=5, key=key(0), mode=mode)  # tables are made once
+            tracemalloc.start()
+            call(image, name, severity=5, key=key(0), mode=mode)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 8 * image.nbytes, (name, mode, peak / image.nbytes)
+
+
+if __name__ == "__main__":
+    print(json.dumps(observed(), indent=1))

@@ -1,0 +1,1 @@
+../../bitquake/__init__.py

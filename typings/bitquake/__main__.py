@@ -1,0 +1,1 @@
+../../bitquake/__main__.py

@@ -1,0 +1,1 @@
+../../bitquake/cli.py

@@ -1,0 +1,1 @@
+../../bitquake/quant_card.py

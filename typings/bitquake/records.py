@@ -1,0 +1,1 @@
+../../bitquake/records.py
