@@ -1,0 +1,74 @@
+"""The sample record: one scored answer, as it stands in lmms-eval's sample log under the key ``RECORD_KEY``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+RECORD_VERSION = 1
+RECORD_KEY = "bitquake"
+"""Key of the record in a line of lmms-eval's ``*_samples_*.jsonl`` (it is a metric of the task)."""
+
+Protocol = Literal["vqa", "choice", "grounding"]
+Failure = Literal["image", "question", "envelope", "model", "target"]
+"""What made a sample fail: an unreadable image, an empty question, a damaged envelope, an error inside the model, or a
+reference answer that cannot be scored. A failed sample scores 0, has no confidence, and is counted by name."""
+
+
+class SampleRecord(BaseModel):
+    """One scored sample.
+
+    Attributes:
+        version: record version, ``RECORD_VERSION``.
+        family, variant, task: ``block_vqav2``, ``gaussian_noise_3`` (or ``clean``, ``threshold``, a shift's name), and
+            the registered task name.
+        world: ``block`` for the offline block world, ``real`` otherwise; the two never share a table.
+        dataset, split: dataset id or file stem, and split.
+        sample_id, image_id: ids that the family declares; ``image_id`` is the cluster of the bootstrap.
+        protocol: scoring protocol.
+        score: in [0, 1]; soft accuracy for ``vqa``, 0/1 for ``choice``, 1[IoU >= 0.5] for ``grounding``.
+        scores: further scores of the protocol (``strict``, ``lenient``, ``letter``, ``iou``, …), each in [0, 1].
+        answer: parsed answer; text: the model's text.
+        parse_failure: no answer of the expected form was found in the text (scored 0, counted).
+        failure, failure_detail: see ``Failure``.
+        confidence: name -> probability in [0, 1] or None; ``primary_confidence`` names the headline one.
+        noise: ``NoiseSpec`` as a mapping, or None for clean images.
+        pixel_hash, prompt_hash, model_hash, card: from the envelope; empty for models that answer with plain text.
+        subset: hash of the ids that the task evaluates ("" when it evaluates the whole split).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int = RECORD_VERSION
+    family: str
+    variant: str
+    task: str
+    world: Literal["block", "real"]
+    dataset: str
+    split: str
+    sample_id: str
+    image_id: str
+    protocol: Protocol
+    score: float = Field(ge=0.0, le=1.0)
+    scores: dict[str, float] = Field(default_factory=dict)
+    answer: str | None = None
+    text: str = ""
+    parse_failure: bool = False
+    failure: Failure | None = None
+    failure_detail: str = ""
+    confidence: dict[str, float | None] = Field(default_factory=dict)
+    primary_confidence: str = "joint"
+    noise: dict[str, str | int] | None = None
+    pixel_hash: list[str] = Field(default_factory=list)
+    prompt_hash: str = ""
+    model_hash: str = ""
+    card: str = ""
+    subset: str = ""
+    n_tokens: int = 0
+    truncated: bool = False
+
+    @property
+    def primary(self) -> float | None:
+        """The headline confidence, or None where the model gave none."""
+        return self.confidence.get(self.primary_confidence)

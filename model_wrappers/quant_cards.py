@@ -1,0 +1,299 @@
+"""Quant cards: built from a loaded model's tensors, kept in one content-addressed folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from bitquake import __version__
+from bitquake.model_wrappers.quantizers.spec import QuantSpec
+from bitquake.quant_card import ComponentEntry, ModuleEntry, QuantCard
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bitquake.model_wrappers.components import ComponentMap
+    from bitquake.model_wrappers.quantizers.linear import QuantizedLinear
+
+_FOLDER = "quant_cards"
+
+
+class QuantCardError(ValueError):
+    """A card that cannot be built, is not there, or is damaged."""
+
+
+def build_card(
+    model: nn.Module, spec: QuantSpec, *, pretrained: str, revision: str = "", before: Mapping[str, str]
+) -> QuantCard:
+    """Describe a loaded model by its tensors; full precision gets a card too.
+
+    The spec is only quoted: bits, groups, shapes, bytes and hashes are read from the modules, and a ``simulated``
+    weight is checked to lie on a grid of its bits. ``weights_hash`` is over parameters and persistent buffers (what a
+    checkpoint stores), de-quantized: the same for every device and execution.
+
+    Args:
+        model: the model as it will run, before any adapter is put on.
+        spec: what was asked for.
+        pretrained, revision: what the model was loaded from.
+        before: ``quantize_model``'s result.
+
+    Raises:
+        QuantCardError: the modules contradict ``before`` or the spec, or a tensor is offloaded and cannot be read.
+    """
+    from torch import nn
+
+    from bitquake.model_wrappers.components import component_map
+    from bitquake.model_wrappers.quantizers.linear import QuantizedLinear
+
+    quantized = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    if quantized.keys() != before.keys():
+        odd = sorted(quantized.keys() ^ before.keys())
+        raise QuantCardError(
+            f"quant card of {pretrained}: {len(quantized)} modules are quantized, {len(before)} have a hash of before "
+            f"({odd[0]} differs); pass quantize_model's result for this very model as before="
+        )
+    for name, module in quantized.items():
+        _check_against_spec(name, module, spec)
+    parts = component_map(model) if quantized else _map_or_none(model)
+    hashes, weights_hash = _hash_weights(model, quantized, pretrained)
+    modules = [
+        ModuleEntry(
+            name=name, component=_component(parts, name), shape=(module.out_features, module.in_features),
+            bits=module.bits, group_size=module.group_size, symmetric=module.symmetric,
+            n_weights=module.in_features * module.out_features, n_bytes=module.held_bytes,
+            packed_bytes=module.packed_bytes, hash_before=before[name], hash_after=hashes[f"{name}.weight"],
+        )
+        for name, module in quantized.items()
+    ]  # fmt: skip
+
+    totals: dict[str, dict[str, int]] = {}
+    nominal = effective = n_parameters = 0
+    for entry in modules:
+        _add(totals, entry.component, entry.n_weights, entry.n_weights, entry.n_bytes, entry.packed_bytes)
+        nominal += entry.bits * entry.n_weights
+        effective += 8 * entry.packed_bytes
+        n_parameters += entry.n_weights
+    for name, parameter in model.named_parameters():
+        _add(totals, _component(parts, name), parameter.numel(), 0, parameter.nbytes, parameter.nbytes)
+        nominal += 8 * parameter.nbytes
+        effective += 8 * parameter.nbytes
+        n_parameters += parameter.numel()
+
+    dtype = _dtype_name(model)
+    return QuantCard(
+        pretrained=pretrained,
+        revision=revision,
+        architecture=type(model).__name__,
+        dtype=dtype,
+        spec_name=spec.name,
+        spec=spec.options(),
+        method=spec.method,
+        execution=spec.execution if quantized else "full-precision",
+        kernel=_kernel(dtype, spec if quantized else None),
+        modules=modules,
+        kept={n: _short(m.weight.dtype) for n, m in model.named_modules() if isinstance(m, nn.Linear)},
+        components={name: ComponentEntry(**totals[name]) for name in sorted(totals)},
+        nominal_bpw=nominal / n_parameters,
+        effective_bpw=effective / n_parameters,
+        weights_hash=weights_hash,
+        libraries=_versions("torch", "transformers", *(("hqq",) if spec.backend == "hqq" else ())),
+        device=_devices(model),
+    )
+
+
+def _map_or_none(model: nn.Module) -> ComponentMap | None:
+    """The map, or None for a full-precision model of an architecture that has none: it can run, all of it ``other``."""
+    from bitquake.model_wrappers.components import ComponentMapError, component_map
+
+    try:
+        return component_map(model)
+    except ComponentMapError:
+        return None
+
+
+def _component(parts: ComponentMap | None, name: str) -> str:
+    return parts.component(name) if parts else "other"
+
+
+def _add(totals: dict[str, dict[str, int]], component: str, *values: int) -> None:
+    entry = totals.setdefault(component, dict.fromkeys(ComponentEntry.model_fields, 0))
+    for key, value in zip(entry, values, strict=True):
+        entry[key] += value
+
+
+def _check_against_spec(name: str, module: QuantizedLinear, spec: QuantSpec) -> None:
+    """A card says what the tensors are; where they are not what the spec says, there is no card."""
+    group = min(spec.group_size or module.in_features, module.in_features)
+    found = (module.bits, module.group_size, module.symmetric, module.execution)
+    asked = (spec.bits, group, spec.symmetric, spec.execution)
+    if found != asked:
+        raise QuantCardError(
+            f"quant card: {name} has (bits, group size, symmetric, execution) {found}, not {asked} as in {spec.name!r}"
+        )
+    if module.dequantized is not None:
+        rows = module.dequantized[:16].detach().cpu().float()  # a glimpse: a dense weight fails in its first rows
+        for start in range(0, module.in_features, module.group_size):
+            distinct = rows[:, start : start + module.group_size].sort(dim=1).values.diff(dim=1).ne(0).sum(dim=1) + 1
+            if int(distinct.max()) > 1 << module.bits:
+                raise QuantCardError(
+                    f"quant card: {name} claims {module.bits} bits, but a group of its weight holds "
+                    f"{int(distinct.max())} different values; its weight was overwritten after quantization"
+                )
+
+
+def _hash_weights(model: nn.Module, quantized: Mapping[str, QuantizedLinear], where: str) -> tuple[dict[str, str], str]:
+    """Hash of each weight as it computes, by name, and one hash over all of them in name order."""
+    import hashlib
+
+    from bitquake.model_wrappers.quantizers.hashing import tensor_hash
+
+    tensors: dict[str, Tensor | None] = {}
+    for module_name, module in model.named_modules():
+        prefix = f"{module_name}." if module_name else ""
+        own = {**module._parameters}
+        if module_name in quantized:
+            tensors[f"{prefix}weight"] = None  # de-quantized when its turn comes, one at a time
+        else:
+            own |= {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
+        tensors |= {prefix + key: value for key, value in own.items() if value is not None}
+    hashes: dict[str, str] = {}
+    seen: dict[int, str] = {}  # a tied weight is read once
+    total = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        weight = quantized[name.removesuffix(".weight")].weight if tensor is None else tensor
+        if weight.is_meta:
+            raise QuantCardError(
+                f"quant card of {where}: {name} is offloaded, so its bytes cannot be read; "
+                "use a device_map that keeps the model on devices"
+            )
+        key = id(tensor)
+        hashes[name] = seen[key] if tensor is not None and key in seen else tensor_hash(weight)
+        if tensor is not None:
+            seen[key] = hashes[name]
+        total.update(f"{name} {_short(weight.dtype)} {tuple(weight.shape)} {hashes[name]}\n".encode())
+    return hashes, total.hexdigest()
+
+
+def _short(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype_name(model: nn.Module) -> str:
+    """The floating dtype of most parameters (quantized weights: of their de-quantized form)."""
+    from bitquake.model_wrappers.quantizers.linear import QuantizedLinear
+
+    counts: dict[str, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[_short(parameter.dtype)] = counts.get(_short(parameter.dtype), 0) + parameter.numel()
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            key = _short(module.weight_dtype)
+            counts[key] = counts.get(key, 0) + module.in_features * module.out_features
+    return max(counts, key=lambda name: (counts[name], name))
+
+
+def _kernel(dtype: str, spec: QuantSpec | None) -> str:
+    if spec is None:
+        return f"torch F.linear on {dtype}"
+    when = "before the run" if spec.execution == "simulated" else "at every call"
+    return f"torch F.linear on {dtype} de-quantized {when}"
+
+
+def _devices(model: nn.Module) -> str:
+    """Devices that hold the model: ``cpu``, ``cuda NVIDIA H200``, ``2 x cuda NVIDIA H200``.
+
+    Without the index: every rank of a data-parallel run has the same card.
+    """
+    import torch
+
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    names = Counter(f"cuda {torch.cuda.get_device_name(d)}" if d.type == "cuda" else d.type for d in devices)
+    return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in sorted(names.items()))
+
+
+def _versions(*names: str) -> dict[str, str]:
+    found = {"bitquake": __version__}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def artifacts_dir(path: str | Path | None = None) -> Path:
+    """Folder of the artifacts, made when it is not there; default: the user's cache folder of ``bitquake``."""
+    if path is None:
+        from platformdirs import user_cache_path
+
+        folder = user_cache_path("bitquake", appauthor=False)
+    else:
+        folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QuantCardError(
+            f"artifacts folder {folder} cannot be made: {error.strerror}; give another artifacts="
+        ) from error
+    return folder
+
+
+def store_card(card: QuantCard, directory: Path) -> str:
+    """Write ``quant_cards/<content hash>.json`` in ``directory`` atomically and return the hash; again is harmless."""
+    card_hash = card.content_hash
+    target = _card_path(card_hash, directory)
+    content = card.to_json().encode()
+    if target.is_file() and target.read_bytes() == content:
+        return card_hash
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{card_hash}.{uuid.uuid4().hex}.tmp")  # several processes may store the same card
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return card_hash
+
+
+def load_card(card_hash: str, directory: Path) -> QuantCard:
+    """Read a card by its content hash.
+
+    Raises:
+        QuantCardError: there is no such card, or its content does not fit its name.
+    """
+    if not card_hash or not all(c in "0123456789abcdef" for c in card_hash):
+        raise QuantCardError(f"quant card: expected a content hash of hex digits, got {card_hash!r}")
+    target = _card_path(card_hash, directory)
+    try:
+        content = target.read_bytes()
+    except OSError as error:
+        raise QuantCardError(
+            f"quant card {card_hash} is not in {directory} ({error.strerror}); give the artifacts folder of the run "
+            "that wrote it, or run the model again"
+        ) from error
+    try:
+        card = QuantCard.model_validate_json(content)
+    except ValidationError as error:
+        raise QuantCardError(
+            f"quant card {target} is damaged: {error.errors()[0]['msg']}; run the model again"
+        ) from error
+    if card.content_hash != card_hash:
+        raise QuantCardError(
+            f"quant card {target} is damaged: its content's hash is {card.content_hash}; run the model again"
+        )
+    return card
+
+
+def _card_path(card_hash: str, directory: Path) -> Path:
+    return Path(directory) / _FOLDER / f"{card_hash}.json"

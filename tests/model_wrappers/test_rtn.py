@@ -1,0 +1,96 @@
+"""Round to nearest against a slow, literal NumPy reference of the formulas in papers.md section 4."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bitquake.model_wrappers.quantizers import load_spec
+from bitquake.model_wrappers.quantizers.linear import QuantizedLinear
+from bitquake.model_wrappers.quantizers.replace import QuantizationError, quantize_weight
+
+
+def dequantized(weight: torch.Tensor, quant: str) -> torch.Tensor:
+    spec = load_spec(quant)
+    assert spec.bits and spec.group_size
+    codes, scale, zero = quantize_weight(weight, spec)
+    return QuantizedLinear.from_codes(
+        codes,
+        scale,
+        zero,
+        bits=spec.bits,
+        group_size=spec.group_size,
+        bias=None,
+        dtype=torch.float32,
+        execution="packed",
+    ).weight
+
+
+def rtn_literally(weight: np.ndarray, bits: int, group: int, symmetric: bool) -> np.ndarray:
+    """One group after the other, one weight after the other; the scale is stored as float16."""
+    out = np.empty_like(weight)
+    group = min(group, weight.shape[1])
+    one = np.float32
+    for row in range(weight.shape[0]):
+        for start in range(0, weight.shape[1], group):
+            w = weight[row, start : start + group]
+            if symmetric:
+                scale = one(np.float16(one(max(np.abs(w).max(), one(1e-5))) / one(2 ** (bits - 1) - 1)))
+                lowest, highest, zero = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, one(0)
+            else:
+                scale = one(np.float16(one(max(w.max() - w.min(), one(1e-5))) / one(2**bits - 1)))
+                lowest, highest = 0, 2**bits - 1
+                zero = one(np.clip(-np.rint(w.min() / scale), lowest, highest))
+            for i, value in enumerate(w):
+                code = np.clip(np.rint(value / scale) + zero, lowest, highest)
+                out[row, start + i] = scale * (code - zero)
+    return out
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("rows", "columns", "group"), [(6, 128, 64), (33, 127, 64), (4, 24, 64), (3, 100, 16)])
+def test_equals_the_formula(rows: int, columns: int, group: int, bits: int, symmetric: bool) -> None:
+    rng = np.random.default_rng(rows * columns + bits)
+    weight = (rng.standard_t(4, (rows, columns)) * 0.03 + 0.005).astype(np.float32)
+    weight[0] = 0.0  # a dead row
+    weight[1, :group] = 0.25  # a constant group, which the asymmetric formula clips
+    weight[2] = np.abs(weight[2])
+    got = dequantized(torch.from_numpy(weight), f"rtn-int{bits}-g64:group_size={group}:symmetric={symmetric}")
+    np.testing.assert_array_equal(got.numpy(), rtn_literally(weight, bits, group, symmetric))
+
+
+def test_error_falls_with_bits_and_with_smaller_groups() -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    errors = {q: float((dequantized(weight, q) - weight).norm() / weight.norm())
+              for q in ("rtn-int8-g64", "rtn-int4-g64", "rtn-int4-g128", "rtn-int3-g64", "rtn-int2-g64")}  # fmt: skip
+    assert errors["rtn-int8-g64"] < errors["rtn-int4-g64"] < errors["rtn-int4-g128"] < errors["rtn-int3-g64"]
+    assert errors["rtn-int3-g64"] < errors["rtn-int2-g64"]
+
+
+def test_dtype_of_the_model_does_not_matter_to_the_solver() -> None:
+    weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
+    spec = load_spec("rtn-int3-g64")
+    for same, other in zip(quantize_weight(weight, spec), quantize_weight(weight.float(), spec), strict=True):
+        assert same is not None and other is not None and torch.equal(same, other)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("quant", ["rtn-int4-g64", "hqq-int4-g64"])
+def test_weights_that_are_not_finite_are_refused(bad: float, quant: str) -> None:
+    weight = torch.zeros(4, 64)
+    weight[2, 3] = bad
+    with pytest.raises(QuantizationError, match="1 weights in rows 0 to 3 are NaN or infinite"):
+        quantize_weight(weight, load_spec(quant))
+
+
+def test_ranges_beyond_float16_are_refused() -> None:
+    weight = torch.tensor([[-1e7, 1e7]])
+    with pytest.raises(QuantizationError, match="beyond float16"):
+        quantize_weight(weight, load_spec("rtn-int2-g64"))
+
+
+def test_full_precision_is_no_quantization() -> None:
+    with pytest.raises(QuantizationError, match="does not quantize"):
+        quantize_weight(torch.zeros(2, 2), load_spec(None))
