@@ -31,10 +31,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import PIL
-from bitquake.noise import SEVERITIES, SampleKey, apply, image_noises
-from bitquake.noise.pixels import RGB
 from PIL import Image
 from tabulate import tabulate
+
+from bitquake.noise import SEVERITIES, SampleKey, apply, image_noises
+from bitquake.noise.pixels import RGB
 
 rng = np.random.default_rng(0)
 

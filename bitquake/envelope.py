@@ -44,6 +44,7 @@ class Envelope(BaseModel):
         model_hash: hash of the weights as loaded and of the quantization spec (``QuantCard.model_hash``).
         card: hash under which the quant card lies in the artifacts folder; "" at full precision is not allowed either,
             full precision has a card of its own.
+        model_type: architecture as transformers names it (``idefics3``, ``qwen2_vl``, …); decides how boxes are read.
         error: None, or why there is no answer (then ``text`` is "" and no confidence is given).
     """
 
@@ -62,6 +63,7 @@ class Envelope(BaseModel):
     prompt_hash: str = ""
     model_hash: str = ""
     card: str = ""
+    model_type: str = ""
     error: str | None = None
 
     def encode(self) -> str:
@@ -96,4 +98,6 @@ def decode(text: str) -> Envelope:
             )
         return Envelope.model_validate(payload)
     except (json.JSONDecodeError, ValidationError) as error:
-        raise EnvelopeError(f"response envelope is damaged ({error}); got {text[:80]!r}…; re-run this sample") from error
+        raise EnvelopeError(
+            f"response envelope is damaged ({error}); got {text[:80]!r}…; re-run this sample"
+        ) from error

@@ -14,9 +14,9 @@ CARD_VERSION = 1
 class ModuleEntry(BaseModel):
     """One quantized module, as found in the loaded model.
 
-    ``hash_before``/``hash_after``: blake2 hex of the (de-quantized) weight's bytes before and after; ``changed`` is their
-    inequality. ``bits`` counts the integer codes' bits; ``n_bytes`` everything stored for the weight in the declared
-    execution (for ``simulated``: the bytes of the de-quantized tensor held in memory).
+    ``hash_before``/``hash_after``: blake2 hex of the (de-quantized) weight's bytes before and after; ``changed`` is
+    their inequality. ``bits`` counts the integer codes' bits; ``n_bytes`` everything stored for the weight in the
+    declared execution (for ``simulated``: the bytes of the de-quantized tensor held in memory).
     ``packed_bytes``: bytes of codes, scales and zeros in the packed format, whatever the execution.
     """
 
@@ -40,7 +40,7 @@ class ModuleEntry(BaseModel):
 
 
 class ComponentEntry(BaseModel):
-    """Totals of one component (``vision``, ``connector``, ``language``, ``other``): weights, bytes, quantized weights."""
+    """Totals of a component (``vision``, ``connector``, ``language``, ``other``): weights, bytes, quantized weights."""
 
     model_config = ConfigDict(extra="forbid")
 

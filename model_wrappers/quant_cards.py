@@ -104,7 +104,7 @@ def build_card(
         nominal_bpw=nominal / n_parameters,
         effective_bpw=effective / n_parameters,
         weights_hash=weights_hash,
-        libraries=_versions("torch", "transformers", *(("hqq",) if spec.backend == "hqq" else ())),
+        libraries=_versions("torch", "transformers", "lmms-eval", *(("hqq",) if spec.backend == "hqq" else ())),
         device=_devices(model),
     )
 

@@ -1,4 +1,4 @@
-"""Writes the shipped splits of the block world as parquet: ``python -m bitquake.tasks.world.build [FOLDER [FAMILY…]]``."""
+"""Writes the shipped splits as parquet: ``python -m bitquake.tasks.world.build [FOLDER [FAMILY…]]``."""
 
 from __future__ import annotations
 

@@ -25,10 +25,11 @@ class Photo(NamedTuple):
 def _blur(picture: Picture, passes: int) -> Picture:
     """``passes`` box blurs of 3 x 3 pixels, edges repeated, sums divided with rounding down."""
     work = picture.astype(np.int32)
+    height, width = work.shape[:2]
     for _ in range(passes):
         padded = np.pad(work, ((1, 1), (1, 1), (0, 0)), mode="edge")
-        height, width = work.shape[:2]
-        work = sum(padded[y : y + height, x : x + width] for y in range(3) for x in range(3)) // 9
+        shifted = np.stack([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)])
+        work = shifted.sum(axis=0) // 9
     return work.astype(np.uint8)
 
 
@@ -41,16 +42,18 @@ def _crop_off_centre(picture: Picture, dx: int, dy: int) -> Picture:
     height, width = picture.shape[:2]
     rows = np.clip(np.arange(height) - dy, 0, height - 1)
     columns = np.clip(np.arange(width) - dx, 0, width - 1)
-    return picture[rows][:, columns]
+    moved: Picture = picture[rows][:, columns]
+    return moved
 
 
 def _grain(picture: Picture, rng: random.Random, strength: int) -> Picture:
     noise = np.frombuffer(rng.randbytes(picture.size), dtype=np.uint8).reshape(picture.shape).astype(np.int32)
-    return np.clip(picture.astype(np.int32) + (noise - 128) * strength // 128, 0, 255).astype(np.uint8)
+    grained: Picture = np.clip(picture.astype(np.int32) + (noise - 128) * strength // 128, 0, 255).astype(np.uint8)
+    return grained
 
 
 def degrade(picture: Picture, rng: random.Random) -> Photo:
-    """Spoil a ``(64, 64, 3)`` uint8 picture in one of five ways, or leave it alone (one time in five)."""
+    """Spoil a ``(64, 64, 3)`` uint8 picture in one of five ways, or leave it alone (one time in six)."""
     kind = rng.choice(("none", "blur", "dark", "bright", "off centre", "grain"))
     harm = rng.random()
     if kind == "none":

@@ -250,9 +250,7 @@ def _related(target: str) -> Maker:
                     if shapes.count(shape) == 1 and len(_matching(scene, shape=shape)) > 1:
                         asked = {"texture": "pattern"}.get(target, target)
                         text = f"what {asked} is the {shape} {side} the {anchor.color} {anchor.shape}?"
-                        return Question(
-                            text, f"related {target}", "other", _attribute(i, target)
-                        )
+                        return Question(text, f"related {target}", "other", _attribute(i, target))
         return None
 
     return make
@@ -410,9 +408,45 @@ def science_prompt(question: ScienceQuestion) -> str:
 def words() -> list[str]:
     """Every word and sign that a block-world prompt or answer can contain, the numbers last."""
     texts = [*COLORS, *SHAPES, *map(plural, SHAPES), *SIZES, *TEXTURES, "object objects"]
-    texts += "what color shape size pattern is are the a an on this there any how many of".split()
-    texts += "left right above below same as more than not all yes no find which does it say".split()
-    texts += "hi hey please can you tell me thank unanswerable".split()
+    texts += [
+        "what",
+        "color",
+        "shape",
+        "size",
+        "pattern",
+        "is",
+        "are",
+        "the",
+        "a",
+        "an",
+        "on",
+        "this",
+        "there",
+        "any",
+        "how",
+        "many",
+        "of",
+    ]
+    texts += [
+        "left",
+        "right",
+        "above",
+        "below",
+        "same",
+        "as",
+        "more",
+        "than",
+        "not",
+        "all",
+        "yes",
+        "no",
+        "find",
+        "which",
+        "does",
+        "it",
+        "say",
+    ]
+    texts += ["hi", "hey", "please", "can", "you", "tell", "me", "thank", "unanswerable"]
     texts += [rule.replace("{word}", "") + " " + text for _, rule, text, _ in _RULES]
     signs = [*"?.,:()[]", *LETTERS]
     tokens = {word for text in texts for word in text.replace("?", " ").replace(".", " ").split()}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 SIDE = 64
 """Side of every picture, in pixels."""
 CELL = 16
-"""Object centres lie in different cells of a grid of this pitch (the reference model's visual tokens cover one each)."""
+"""Object centres lie in different cells of a grid of this pitch: one visual token of the reference model each."""
 GRID = SIDE // CELL
 
 COLORS: dict[str, tuple[int, int, int]] = {

@@ -50,10 +50,13 @@ def train_seed(rng: random.Random) -> int:
 
 def scene_seed(family: str, split: str, index: int) -> int:
     """Scene seed of picture ``index`` of a shipped split; ranges of different families and splits do not overlap."""
+    return WORLD_SEED * 1_000_000_000 + _place(family, split) * 10_000_000 + index
+
+
+def _place(family: str, split: str) -> int:
     if family not in FAMILIES or split not in SPLITS[1:]:
         raise ValueError(f"no shipped split {split!r} of {family!r}; families are {FAMILIES}, splits {SPLITS[1:]}")
-    place = FAMILIES.index(family) * 4 + SPLITS.index(split)
-    return WORLD_SEED * 1_000_000_000 + place * 10_000_000 + index
+    return FAMILIES.index(family) * 4 + SPLITS.index(split)
 
 
 def encode_image(pixels: NDArray[np.uint8]) -> bytes:
@@ -75,12 +78,13 @@ def _vqa_rows(family: str, split: str, index: int, per_image: int) -> Iterator[d
     scene = scenes.sample_scene(seed, 1 if family == "block_vqav2" else 3, 6)
     image = {"bytes": encode_image(scenes.render(scene)), "path": None}
     makers = questions.VQA if family == "block_vqav2" else questions.ADVERSARIAL
+    picture = _place(family, split) * 10_000_000 + index
     for k, question in enumerate(questions.ask(makers, scene, rng, per_image)):
         votes = _vote(question, scene)
-        number = index * 10 + k
+        number = picture * 10 + k
         yield {
             "question_id": number,
-            "image_id": index,
+            "image_id": picture,
             "question": question.text,
             "question_type": question.kind,
             "answer_type": question.answer_type,

@@ -17,11 +17,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from bitquake.noise import SEVERITIES, ImageError, ImageNoise, SampleKey, apply, image_noises, pixel_hash
-from bitquake.noise.registry import image_noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from bitquake.noise import SEVERITIES, ImageError, ImageNoise, SampleKey, apply, image_noises, pixel_hash
+from bitquake.noise.registry import image_noise
 
 NOISES = list(image_noises())
 MODES = ("native", "scaled")

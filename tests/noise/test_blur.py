@@ -5,11 +5,12 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from bitquake.noise import SEVERITIES, SampleKey, apply, image_noises
 from bitquake.noise.blur import defocus_blur
 from bitquake.noise.seeding import RandomStream
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 KEY = SampleKey("d", "s", "blur")
 RADII = (3, 4, 6, 8, 10)

@@ -6,10 +6,11 @@ import io
 
 import numpy as np
 import pytest
-from bitquake.noise import SEVERITIES, ImageError, SampleKey, apply
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from bitquake.noise import SEVERITIES, ImageError, SampleKey, apply
 
 KEY = SampleKey("d", "s", "digital")
 

@@ -7,8 +7,9 @@ import io
 
 import numpy as np
 import pytest
-from bitquake.noise import ImageError, load_rgb, pixel_hash
 from PIL import Image
+
+from bitquake.noise import ImageError, load_rgb, pixel_hash
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:

@@ -6,10 +6,11 @@ import hashlib
 
 import numpy as np
 import pytest
-from bitquake.noise import NoiseError, SampleKey
-from bitquake.noise.seeding import RandomStream, sample_digest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bitquake.noise import NoiseError, SampleKey
+from bitquake.noise.seeding import RandomStream, sample_digest
 
 MASK = (1 << 128) - 1
 MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645

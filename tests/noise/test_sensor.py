@@ -6,10 +6,11 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from bitquake.noise import SEVERITIES, SampleKey, apply, image_noises
 from bitquake.noise.seeding import RandomStream
 from bitquake.noise.sensor import normal_quantiles, poisson_thresholds
-from scipy import stats
 
 KEY = SampleKey("d", "s", "sensor")
 

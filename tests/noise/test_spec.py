@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
+
 from bitquake.noise import NoiseError, NoiseSpec, SampleKey, apply, image_noises
 
 FULL = {"name": "fog", "severity": 3, "seed": 4, "version": 1, "mode": "scaled"}

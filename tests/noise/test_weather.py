@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from bitquake.noise import SEVERITIES, SampleKey, apply, image_noises
 from bitquake.noise.seeding import RandomStream
 from bitquake.noise.weather import plasma

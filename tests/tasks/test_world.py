@@ -1,4 +1,4 @@
-"""The block world: exact pictures, right answers (against a literal re-reading of the pixels and scenes), split hygiene."""
+"""The block world: exact pictures, right answers (against a literal reading of pixels and scenes), split hygiene."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -165,7 +166,7 @@ def test_seed_ranges_of_all_splits_are_apart() -> None:
         for split in splits.SIZES[family]:
             ranges.append((splits.scene_seed(family, split, 0), splits.scene_seed(family, split, 9_999_999)))
     ranges.sort()
-    assert all(first[1] < second[0] for first, second in zip(ranges, ranges[1:], strict=False))
+    assert all(first[1] < second[0] for first, second in pairwise(ranges))
     rng = random.Random(0)
     assert min(splits.train_seed(rng) for _ in range(1000)) > 0
     assert ranges[-1][1] < 1 << 44 or ranges[0][0] > (1 << 44) + (1 << 40)

@@ -1,0 +1,144 @@
+"""``bitquake demo``: quantize the reference model, evaluate it in noise through lmms-eval, compare, render."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bitquake import __version__
+
+PRETRAINED = "bitquake/block-idefics3"
+QUANTS = ("full-precision", "rtn-int8-g64", "rtn-int4-g64", "rtn-int3-g64")
+TASKS = (
+    "block_vqav2_threshold",
+    "block_vqav2_clean",
+    *(f"block_vqav2_{noise}_{severity}" for noise in ("gaussian_noise", "contrast") for severity in (1, 3, 5)),
+    "block_advqa_clean",
+)
+_PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
+_DONE = "complete.json"
+
+
+def command(quant: str, folder: Path, artifacts: Path, limit: int) -> list[str]:
+    """The exact lmms-eval command that evaluates one quantization: what a user would type."""
+    arguments = f"pretrained={PRETRAINED},quant={quant},artifacts={artifacts},dtype=bfloat16"
+    return [
+        *(sys.executable, "-m", "lmms_eval", "--model", "bitquake_hf", "--model_args", arguments),
+        *("--tasks", ",".join(TASKS), "--batch_size", "64", "--limit", str(limit), "--device", "cpu"),
+        *("--output_path", str(folder), "--log_samples"),
+    ]
+
+
+def _fingerprint(quant: str, limit: int) -> str:
+    """What a finished run must have been made with to be kept: version, weights and command."""
+    from bitquake.model_wrappers.checkpoints import resolve
+
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(resolve(PRETRAINED).iterdir()):
+        digest.update(path.read_bytes())
+    return json.dumps([__version__, digest.hexdigest(), quant, TASKS, limit])
+
+
+def _complete(folder: Path, limit: int) -> bool:
+    """Completeness is judged by the samples: lmms-eval can fail and still end with code 0."""
+    counts = {}
+    for path in folder.rglob("*_samples_*.jsonl"):
+        with path.open(encoding="utf-8") as lines:
+            counts[path.stem.split("_samples_")[1]] = sum(1 for _ in lines)
+    return all(counts.get(task, 0) == limit for task in TASKS)
+
+
+def _evaluate(quant: str, out: Path, limit: int, threads: int) -> bool:
+    """Run one model in its own process, its output in a log file; True when all of its samples are there."""
+    folder, fingerprint = out / "runs" / quant, _fingerprint(quant, limit)
+    done = folder / _DONE
+    if done.is_file() and done.read_text() == fingerprint and _complete(folder, limit):
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    with (out / "logs" / f"{quant}.log").open("wb") as log:
+        arguments = command(quant, folder, out / "artifacts", limit)
+        subprocess.run(arguments, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+    if not _complete(folder, limit):
+        return False
+    done.write_text(fingerprint)
+    return True
+
+
+def _share_done(log: Path) -> float:
+    """Share of a model's samples that its progress bar has reached, 0 before it appears."""
+    if not log.exists():
+        return 0.0
+    with log.open("rb") as handle:
+        handle.seek(max(0, log.stat().st_size - 4096))
+        found = _PROGRESS.findall(handle.read())
+    return int(found[-1][0]) / max(1, int(found[-1][1])) if found else 0.0
+
+
+def run(out: Path, *, limit: int = 1000, jobs: int | None = None) -> int:
+    """Evaluate every quantization (one process each), then write ``out/site``; prints the page's path last.
+
+    Finished models of an interrupted demo are kept. Returns 0 when every run is complete and the page is written, 1
+    otherwise (the reasons are printed).
+
+    Raises:
+        ValueError: ``limit`` or ``jobs`` is not positive, or ``limit`` exceeds the smallest task's samples.
+    """
+    from tqdm import tqdm
+
+    from bitquake.reports import build
+
+    if not 1 <= limit <= 2000:
+        raise ValueError(f"--limit: every task of the demo has 2000 samples or more; give 1 to 2000, got {limit}")
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"--jobs: give at least 1, got {jobs}")
+    out = out.resolve()
+    began = time.monotonic()
+    cores = os.cpu_count() or 1
+    jobs = min(jobs or cores, len(QUANTS))
+    for name in ("runs", "logs", "artifacts"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    for log in (out / "logs").glob("*.log"):
+        log.unlink()
+    print(f"{len(QUANTS)} models x {len(TASKS)} tasks x {limit} samples, {jobs} models at a time", flush=True)
+    form = "{l_bar}{bar}| {elapsed}"
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=100 * len(QUANTS), bar_format=form) as bar:
+        futures = {q: pool.submit(_evaluate, q, out, limit, max(1, cores // jobs)) for q in QUANTS}
+        while True:
+            finished = {q for q, future in futures.items() if future.done()}
+            shares = {q: 1.0 if q in finished else _share_done(out / "logs" / f"{q}.log") for q in QUANTS}
+            names = (f"{q.removeprefix('rtn-').removesuffix('-g64')} {share:.0%}" for q, share in shares.items())
+            bar.set_description("  ".join(names))
+            bar.update(int(100 * sum(shares.values())) - bar.n)
+            if len(finished) == len(QUANTS):
+                break
+            time.sleep(1)
+    for quant, future in futures.items():
+        if not future.result():
+            print(f"{quant}: the run is not complete; see {out / 'logs' / f'{quant}.log'}")
+    result = build(
+        [out / "runs" / quant for quant in QUANTS],
+        out / "site",
+        artifacts=out / "artifacts",
+        title="Bitquake demo: a reference model in the block world",
+    )
+    print(result.table)
+    for problem in result.problems:
+        print(problem)
+    print(f"{time.monotonic() - began:.0f} seconds")
+    print(result.index.resolve())
+    return 0 if result.ok and result.n_pairs == len(QUANTS) - 1 else 1

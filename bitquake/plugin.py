@@ -1,0 +1,126 @@
+"""Registration in lmms-eval: the models by its entry-point group, the tasks by a wrapper around its task index.
+
+lmms-eval calls ``register`` while it imports ``lmms_eval.models``. It has no entry point for tasks (and its
+``LMMS_EVAL_PLUGINS`` hook runs after the index was built), so ``TaskManager.initialize_tasks`` is wrapped: the wrapper
+calls the original and adds our tasks and tags from the index of ``bitquake.tasks.expand``, without a walk of folders.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+_TASKS_MODULE = "lmms_eval.tasks"
+_MARK = "_bitquake_tasks"
+
+
+class TaskNameClash(ValueError):
+    """One of our task or tag names is taken by another file: lmms-eval would silently run whichever path came first."""
+
+
+def register() -> Any:
+    """The payload of our entry point in ``lmms_eval.models``: a ``ModelManifest``. Also sees to the tasks.
+
+    Imports nothing heavy: an error here would make lmms-eval skip every plugin that comes later.
+    """
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    if _TASKS_MODULE in sys.modules:
+        wrap(sys.modules[_TASKS_MODULE])
+    elif not any(isinstance(finder, _WrapOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WrapOnImport())
+    return ModelManifest(model_id="bitquake_hf", chat_class_path="bitquake.model_wrappers.bitquake_hf.BitquakeHF")
+
+
+def wrap(tasks_module: ModuleType) -> None:
+    """Make every ``TaskManager`` of the module know our tasks; a second call changes nothing."""
+    manager = tasks_module.TaskManager
+    original: Callable[..., dict[str, Any]] = manager.initialize_tasks
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def initialize_tasks(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return add_tasks(original(self, *args, **kwargs))
+
+    setattr(initialize_tasks, _MARK, True)
+    manager.initialize_tasks = initialize_tasks
+
+
+def add_tasks(index: dict[str, Any]) -> dict[str, Any]:
+    """lmms-eval's task index with our tasks and tags in it.
+
+    Raises:
+        TaskNameClash: a name of ours is in it already, and not for the very same file.
+    """
+    from bitquake.tasks.expand import builtin_index
+
+    ours = builtin_index()
+    for problem in ours.problems:
+        warnings.warn(f"bitquake: a task family is left out: {problem}", stacklevel=2)
+    for name, file in ours.tasks.items():
+        present = index.get(name)
+        if present is not None and not _same_file(present, file):
+            raise TaskNameClash(
+                f"task {name!r} of bitquake ({file}) has the name of a {present['type']} that is already known "
+                f"({present['yaml_path']}). Rename that one, or remove its folder from --include_path."
+            )
+        index[name] = {"type": "task", "yaml_path": str(file)}
+    for tag, names in ours.tags.items():
+        present = index.get(tag)
+        if present is not None and present["type"] != "tag":
+            raise TaskNameClash(
+                f"tag {tag!r} of bitquake ({ours.root}) has the name of a {present['type']} that is already known "
+                f"({present['yaml_path']}). Rename that one, or remove its folder from --include_path."
+            )
+        known = list(present["task"]) if present is not None else []
+        merged = known + [name for name in names if name not in known]
+        index[tag] = {"type": "tag", "task": merged, "yaml_path": -1}
+    return index
+
+
+def _same_file(present: dict[str, Any], file: Path) -> bool:
+    """Whether an entry is our own file, found by --include_path too, there or in an exported copy."""
+    path = present["yaml_path"]
+    if present["type"] != "task" or not isinstance(path, str):
+        return False
+    other = Path(path)
+    return other == file or (other.is_file() and other.read_bytes() == file.read_bytes())
+
+
+class _WrapOnImport(importlib.abc.MetaPathFinder):
+    """Wraps ``lmms_eval.tasks`` when it is imported: importing it here would load torch for ``lmms-eval models``."""
+
+    looking = False
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _TASKS_MODULE or self.looking:
+            return None
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.looking = False
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            wrap(module)
+            # Not before: whoever only asks for the spec must not use us up.
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec

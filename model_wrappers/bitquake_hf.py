@@ -1,0 +1,609 @@
+"""``bitquake_hf``: any Hugging Face image-text-to-text model in lmms-eval, quantized, with confidences.
+
+    lmms-eval --model bitquake_hf --model_args pretrained=Qwen/Qwen2-VL-7B-Instruct,quant=hqq-int4-g64 --tasks ...
+
+The way of a request: worker threads read the document, corrupt its image and template its prompt (``samples``), one
+thread runs the processor over whole batches, and the caller's thread keeps the device busy. Answers are greedy from raw
+logits (``generation``), their confidences are gathered step by step (``confidence``), and both go into one envelope
+where the task's metadata asks for it (``task_contract``); any other task gets plain text.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NoReturn, cast
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.utils import simple_parse_args_string
+from loguru import logger as eval_logger
+from tqdm import tqdm
+
+from bitquake.envelope import Envelope
+
+from .arguments import as_bool, as_dtype, as_int, as_text, refuse_unknown
+from .confidence import (
+    Answer,
+    Floats,
+    GreedyRecorder,
+    GreedySteps,
+    answer_confidences,
+    box_confidences,
+    chosen_letter,
+    letter_forms,
+    option_probabilities,
+    read_answer,
+)
+from .generation import GenerationRequest, StopOnText, eos_ids, greedy_config
+from .loading import commit, load_model, load_processor, processed_sizes, put_adapter_on, resolve_pretrained
+from .prefetch import prefetch
+from .quant_cards import artifacts_dir, build_card, store_card
+from .quantizers import load_spec
+from .quantizers.replace import quantize_model
+from .samples import Sample, prepare, prompt_hash
+from .task_contract import TaskContract
+
+_WINDOW = 4
+"""Batches whose samples are sorted by size together, once their images are known."""
+_MIN_PROBE = 4
+"""Samples that must all fail alike in the model before the run is given up."""
+
+
+@dataclass
+class _Encoded:
+    """A batch after the processor: its inputs (or what the processor raised) and the processed image sizes."""
+
+    samples: list[Sample]
+    inputs: Any = None
+    processed: list[list[tuple[int, int]]] = field(default_factory=list)
+    exception: Exception | None = None
+
+
+@dataclass
+class _Response:
+    """What goes back to lmms-eval for one sample."""
+
+    sample: Sample
+    text: str
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class BitquakeHF(lmms):  # type: ignore[misc]
+    """A quantized Hugging Face image-text-to-text model for lmms-eval.
+
+    Args:
+        pretrained: hub name, folder, or a shipped reference checkpoint (``bitquake/...``).
+        quant: named quantization (``bitquake quants list``), possibly with overrides; ``none`` for full precision.
+        artifacts: folder of the quant cards; default the user cache.
+        dtype: ``bfloat16`` (default), ``float16`` or ``float32``, of everything that is not quantized.
+        device: ``cuda``, ``cuda:1``, ``cpu``; default CUDA where there is one; ``accelerate launch`` sets it.
+        device_map: spreads one model over devices (``auto``); not together with ``accelerate launch``.
+        batch_size: samples per batch. Answers do not depend on it beyond rounding (see the tests for the tolerance).
+        attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; default the model's own.
+        max_pixels, min_pixels: bounds on the processed image, for processors that have them.
+        adapter: peft adapter (LoRA), put on top after quantization.
+        trust_remote_code: run code that comes with the checkpoint; off unless asked for, and logged.
+        revision: branch, tag or commit of ``pretrained``; config, processor and weights all come from it.
+        max_new_tokens: goes before the task's own limit.
+        workers: threads that load and corrupt images ahead of the device; 0 loads in the main thread.
+        use_cache: key-value cache in generation.
+        max_batch_size: accepted because lmms-eval passes it; has no effect.
+
+    Raises:
+        TypeError: an unknown argument.
+        ValueError: an argument that cannot be honoured; the message says what to write instead.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        quant: Any = "none",
+        artifacts: str | None = None,
+        dtype: Any = "bfloat16",
+        device: str | None = None,
+        device_map: str | None = None,
+        batch_size: Any = 1,
+        attn_implementation: str | None = None,
+        max_pixels: Any = None,
+        min_pixels: Any = None,
+        adapter: str | None = None,
+        trust_remote_code: Any = False,
+        revision: Any = None,
+        max_new_tokens: Any = None,
+        workers: Any = None,
+        use_cache: Any = True,
+        max_batch_size: Any = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        refuse_unknown(unknown, [n for n in inspect.signature(BitquakeHF).parameters if n != "unknown"])
+        self.batch_size_per_gpu = as_int("batch_size", batch_size, minimum=1)
+        self._batch_limit = self.batch_size_per_gpu
+        self._workers = min(4, os.cpu_count() or 1) if workers is None else as_int("workers", workers, minimum=0)
+        self._max_new_tokens = None if max_new_tokens is None else as_int("max_new_tokens", max_new_tokens, minimum=1)
+        self._use_cache = as_bool("use_cache", use_cache)
+        self.dtype = as_dtype(dtype)
+        name, revision, adapter = (
+            as_text("pretrained", pretrained),
+            as_text("revision", revision),
+            as_text("adapter", adapter),
+        )
+        if name is None:
+            raise ValueError(
+                "bitquake_hf: pretrained is empty. Give a hub name or a folder: pretrained=Qwen/Qwen2-VL-7B-Instruct"
+            )
+        remote = as_bool("trust_remote_code", trust_remote_code)
+        if remote:
+            eval_logger.warning(f"bitquake_hf: trust_remote_code=True: code that comes with {name} will be run")
+        bounds = {
+            key: None if value is None else as_int(key, value, minimum=1)
+            for key, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels))
+        }
+        spec = load_spec(quant)  # before the weights: an unknown name must not cost a download
+        device_map = as_text("device_map", device_map)
+        self._start_distributed(as_text("device", device), device_map)
+
+        source = resolve_pretrained(name)
+        self.processor = load_processor(source, revision=revision, trust_remote_code=remote, **bounds)
+        # the encoder thread and this one must not share a tokenizer: padding and decoding change and read its state
+        self._decoder = copy.deepcopy(self.processor.tokenizer)
+        model = load_model(
+            source,
+            revision=revision,
+            dtype=self.dtype,
+            device=self._device,
+            device_map=device_map,
+            attn_implementation=as_text("attn_implementation", attn_implementation),
+            trust_remote_code=remote,
+        )
+        before = quantize_model(model, spec)
+        self.card = build_card(model, spec, pretrained=name, revision=commit(model, revision), before=before)
+        if adapter is not None:
+            model, adapter_hash = put_adapter_on(model, adapter)
+            self.card = self.card.model_copy(
+                update={"pretrained": f"{name} + {adapter}", "weights_hash": f"{self.card.weights_hash}+{adapter_hash}"}
+            )
+        self._model = model
+        self._config = model.config
+        self._generation_config = greedy_config(model, self._decoder)
+        model.generation_config = self._generation_config  # or generate() would fill our gaps from the shipped one
+        self._eos = eos_ids(self._generation_config)
+        self._input_device = model.device if device_map is None else model.get_input_embeddings().weight.device
+        self.model_hash, self.card_hash = self.card.model_hash, self.card.content_hash
+        self._encode_lock = threading.Lock()
+        self._reported: set[str] = set()
+        if self.rank == 0:
+            folder = artifacts_dir(as_text("artifacts", artifacts))
+            store_card(self.card, folder)
+            eval_logger.info(self._summary(str(folder)))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> BitquakeHF:
+        """As lmms-eval's, but ``batch_size`` may also stand in ``model_args``.
+
+        lmms-eval always passes its own ``--batch_size`` (1 unless given), and Python would refuse the second one.
+
+        Raises:
+            ValueError: given twice, with different values.
+        """
+        arguments = simple_parse_args_string(arg_string)
+        for name, value in (additional_config or {}).items():
+            if value is None:
+                continue
+            if (
+                name in arguments
+                and str(arguments[name]) != str(value)
+                and not (name == "batch_size" and str(value) == "1")
+            ):
+                raise ValueError(
+                    f"bitquake_hf: {name} is {arguments[name]!r} in model_args and {value!r} on the command line."
+                )
+            arguments.setdefault(name, value)
+        return cls(**arguments)
+
+    def _start_distributed(self, device: str | None, device_map: str | None) -> None:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        self.accelerator = Accelerator(cpu=True) if launched > 1 and not torch.cuda.is_available() else Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self._world_size != launched:  # each process would answer everything, and lmms-eval wait for the others
+            raise ValueError(
+                f"bitquake_hf: {launched} processes were launched, but accelerate counts {self._world_size}. "
+                "Without GPUs: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N -m lmms_eval ..."
+            )
+        if self._world_size > 1:
+            if device_map is not None:
+                raise ValueError(
+                    "bitquake_hf: device_map spreads one model, accelerate launch copies it; use one of them."
+                )
+            self._device = self.accelerator.device
+            if device is not None and torch.device(device).type != self._device.type:
+                raise ValueError(
+                    f"bitquake_hf: device={device!r}, but accelerate launch runs on {self._device.type!r}. "
+                    "Leave device out, and choose with `accelerate launch --cpu`."
+                )
+        else:
+            self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def _summary(self, folder: str) -> str:
+        card = self.card
+        parts = ", ".join(
+            f"{name} {entry.n_quantized / entry.n_parameters:.0%} of {entry.n_parameters:,} weights"
+            for name, entry in card.components.items()
+            if entry.n_quantized
+        )
+        return (
+            f"bitquake_hf: {card.pretrained} ({card.architecture}), quant {card.spec_name}: "
+            f"{parts or 'nothing quantized'}; {card.execution}, {card.effective_bpw:.2f} effective bits per weight, "
+            f"rest in {card.dtype}, on {self._device}; model {self.model_hash}, card {self.card_hash} in {folder}"
+        )
+
+    # what lmms-eval reads
+
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
+    def config(self) -> Any:
+        return self._config
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        return cast(int, self.tokenizer.eos_token_id)
+
+    @property
+    def batch_size(self) -> int:
+        return self.batch_size_per_gpu
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._device
+        return device
+
+    def loglikelihood(self, requests: list[Instance]) -> NoReturn:
+        """Not offered: its sign and normalisation differ between lmms-eval's models, no confidence can rest on it."""
+        raise NotImplementedError(
+            "bitquake_hf answers generate_until tasks only. Multiple choice: use a task of protocol 'choice', whose "
+            "envelope holds the softmax over the option letters."
+        )
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
+        """Not offered: an answer over several rounds has no single confidence."""
+        raise NotImplementedError(
+            "bitquake_hf answers single-round generate_until tasks only; use another model class."
+        )
+
+    # the way of the requests
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer every request, in the order given; a failed sample never costs another one.
+
+        Raises:
+            ValueError: a task asks for sampling, or its metadata is malformed.
+            RuntimeError: the first samples all fail alike in the model: something is wrong with the run, not with them.
+        """
+        groups = self._groups(requests)
+        results: list[GenerationResult | None] = [None] * len(requests)
+        failures: list[Sample] = []
+        start, device_time, tokens, answered = time.perf_counter(), 0.0, 0, 0
+        probe = min(max(_MIN_PROBE, self.batch_size), len(requests))
+
+        with ExitStack() as stack:
+            bar = stack.enter_context(
+                tqdm(total=len(requests), disable=self.rank != 0, desc="bitquake_hf", unit="sample")
+            )
+            loaders = self._executor(stack, self._workers)
+            encoder = self._executor(stack, min(1, self._workers))
+            prepared = prefetch(
+                lambda sample: prepare(
+                    sample, requests[sample.index].args, self.task_dict, self.processor, self.config.model_type
+                ),
+                (sample for group in groups for sample in group),
+                loaders,
+                depth=max(2 * self._workers, (_WINDOW + 1) * self.batch_size),
+            )
+            batches = self._batches(groups, prepared)
+            for encoded in prefetch(self._encode, batches, encoder, depth=3):
+                began = time.perf_counter()
+                responses = self._respond(encoded)
+                device_time += time.perf_counter() - began
+                for response in responses:
+                    sample = response.sample
+                    results[sample.index] = GenerationResult(
+                        text=response.text,
+                        token_counts=TokenCounts(
+                            input_tokens=response.input_tokens, output_tokens=response.output_tokens
+                        ),
+                    )
+                    tokens += response.output_tokens
+                    if sample.error is None:
+                        answered += 1
+                        gen_kwargs = requests[sample.index].args[2]
+                        self.cache_hook.add_partial("generate_until", (sample.prompt, gen_kwargs), response.text)
+                    else:
+                        failures.append(sample)
+                        self._report(sample)
+                    sample.release()
+                bar.update(len(responses))
+                if answered == 0:
+                    _refuse_hopeless_run(failures, probe)
+
+        self._log_failures(failures, len(requests))
+        wall = time.perf_counter() - start
+        log_metrics(
+            total_elapsed_time=device_time,
+            total_gen_tokens=tokens,
+            avg_speed=tokens / device_time if device_time else 0.0,
+            additional_metrics={"total_requests": len(requests), "wall_time": wall, "failed_samples": len(failures)},
+        )
+        return cast("list[GenerationResult]", results)
+
+    def _groups(self, requests: list[Instance]) -> list[list[Sample]]:
+        """Requests that may share a batch: same task, same limits; longest text first.
+
+        Tasks do not mix, so that the batches of a task do not depend on which other tasks run.
+        """
+        groups: dict[Any, list[Sample]] = {}
+        contracts: dict[Any, TaskContract] = {}
+        for index, request in enumerate(requests):
+            _, doc_to_messages, gen_kwargs, _, task, split = request.args
+            if (task, split) not in contracts:
+                contracts[task, split] = TaskContract.of(doc_to_messages, task)
+                if unknown := GenerationRequest.unknown_keys(gen_kwargs):
+                    self._warn_once(f"task {task!r}: generation_kwargs without meaning here are left out: {unknown}")
+            limits = GenerationRequest.from_task(gen_kwargs, task, self._max_new_tokens)
+            sample = Sample(index, task, contracts[task, split], limits)
+            groups.setdefault((task, split, limits), []).append(sample)
+        for group in groups.values():
+            group.sort(key=lambda sample: (-len(requests[sample.index].args[0] or ""), sample.index))
+        return list(groups.values())
+
+    def _batches(self, groups: list[list[Sample]], prepared: Iterator[Sample]) -> Iterator[list[Sample]]:
+        """Cut groups into batches of like samples; failed ones come along as a batch of their own."""
+        size = self.batch_size
+        window = size * _WINDOW if size > 1 else 1
+        for group in groups:
+            for at in range(0, len(group), window):
+                ready = list(islice(prepared, min(window, len(group) - at)))
+                # all cut before the first is yielded: an answered sample has no images any more
+                failed = [sample for sample in ready if sample.error is not None]
+                good = sorted((s for s in ready if s.error is None), key=lambda s: (s.size, -s.index), reverse=True)
+                # a processor call takes images for all of its texts, or none
+                kinds = [s for s in good if s.images], [s for s in good if not s.images]
+                batches = [like[begin : begin + size] for like in kinds for begin in range(0, len(like), size)]
+                yield from [failed, *batches] if failed else batches
+
+    def _encode(self, samples: list[Sample]) -> _Encoded:
+        """The processor's inputs of a batch; runs ahead, in a thread of its own."""
+        if samples[0].error is not None:
+            return _Encoded(samples)
+        prompts = [sample.prompt for sample in samples]
+        images = [image for sample in samples for image in sample.images]
+        bos = self.processor.tokenizer.bos_token
+        # as apply_chat_template(tokenize=True) does: a template that writes the start token must not get a second one
+        special = {"add_special_tokens": False} if bos is not None and prompts[0].startswith(bos) else {}
+        try:
+            with self._encode_lock:
+                inputs = self.processor(
+                    text=prompts, images=images or None, padding=True, return_tensors="pt", **special
+                )
+            sizes = processed_sizes(self.processor, inputs, [sample.image_sizes for sample in samples])
+        except Exception as error:  # kept for the main thread, which finds out which sample it is
+            return _Encoded(samples, exception=error)
+        return _Encoded(samples, inputs, sizes)
+
+    def _respond(self, encoded: _Encoded) -> list[_Response]:
+        """Answer a batch; when it fails, halve it until the failing samples stand alone."""
+        samples = encoded.samples
+        if samples[0].error is not None:
+            return [_Response(sample, self._failed(sample)) for sample in samples]
+        if len(samples) > self._batch_limit:
+            return self._in_parts(samples, self._batch_limit)
+        try:
+            if encoded.exception is not None:
+                raise encoded.exception
+            return self._generate(encoded)
+        except Exception as error:
+            if _device_is_lost(error):
+                raise
+            out_of_memory = _is_out_of_memory(error)
+            if len(samples) == 1:
+                samples[0].fail("model", error)
+                samples[0].out_of_memory = out_of_memory
+                return [_Response(samples[0], self._failed(samples[0]))]
+            if not out_of_memory:
+                self._warn_once(f"a batch of {len(samples)} failed ({error!r}); halving it to find the sample")
+        # outside the except clause, where the error would keep the batch's tensors alive
+        encoded.inputs = encoded.exception = None
+        half = (len(samples) + 1) // 2
+        if out_of_memory:
+            torch.cuda.empty_cache()
+            self._batch_limit = half
+            eval_logger.warning(
+                f"bitquake_hf: out of memory with a batch of {len(samples)}; going on with at most {half}"
+            )
+        return self._in_parts(samples, half)
+
+    def _in_parts(self, samples: list[Sample], size: int) -> list[_Response]:
+        parts = (samples[at : at + size] for at in range(0, len(samples), size))
+        return [response for part in parts for response in self._respond(self._encode(part))]
+
+    @torch.inference_mode()
+    def _generate(self, encoded: _Encoded) -> list[_Response]:
+        samples, contract, request = encoded.samples, encoded.samples[0].contract, encoded.samples[0].request
+        inputs = encoded.inputs.to(self._input_device, self.dtype)
+        forms = self._letter_forms(contract)
+        tracked = sorted({token for ids in forms.values() for token in ids})
+        recorder = GreedyRecorder(tracked)
+        length = inputs["input_ids"].shape[1]
+        stopping = [StopOnText(self._decoder, request.until, length)] if request.until else None
+        config = copy.copy(self._generation_config)
+        config.max_new_tokens, config.use_cache = request.max_new_tokens, self._use_cache
+        output = self._model.generate(
+            **inputs,
+            generation_config=config,
+            logits_processor=[recorder] if contract.envelope else None,
+            stopping_criteria=stopping,
+        )
+        rows = output[:, length:].tolist()
+        input_tokens = inputs["attention_mask"].sum(dim=1).tolist()
+        steps = recorder.steps() if contract.envelope else None
+        boxes = contract.protocol == "grounding"
+        responses = []
+        for row, (sample, tokens) in enumerate(zip(samples, rows, strict=True)):
+            answer = read_answer(self._decoder, tokens, self._eos, request.until, with_ends=boxes)
+            n_tokens = answer.n_answer + answer.n_end
+            if steps is None:
+                text = answer.text.strip()
+            elif not steps.finite[row, :n_tokens].all():
+                step = int(steps.finite[row, :n_tokens].argmin())
+                sample.fail(
+                    "model",
+                    FloatingPointError(
+                        f"the logits of step {step + 1} are not finite ({self.dtype}, quant {self.card.spec_name})"
+                    ),
+                )
+                text = self._failed(sample)
+            else:
+                text = self._envelope(
+                    sample,
+                    answer,
+                    steps,
+                    row,
+                    dict(zip(tracked, steps.tracked_log_prob[row], strict=True)),
+                    encoded.processed[row],
+                )
+            responses.append(_Response(sample, text, int(input_tokens[row]), n_tokens))
+        return responses
+
+    def _envelope(
+        self,
+        sample: Sample,
+        answer: Answer,
+        steps: GreedySteps,
+        row: int,
+        tracked: dict[int, float],
+        processed: list[tuple[int, int]],
+    ) -> str:
+        log_prob: Floats = steps.log_prob[row]
+        confidence = answer_confidences(log_prob, answer.n_answer, answer.n_end, float(steps.margin_first[row]))
+        options = None
+        if sample.contract.protocol == "choice":
+            forms = self._letter_forms(sample.contract)
+            options = option_probabilities(tracked, {letter: forms[letter] for letter in sample.letters})
+            chosen = chosen_letter(answer.text, sample.letters)
+            confidence["options"] = options[chosen] if options is not None and chosen is not None else None
+        elif sample.contract.protocol == "grounding":
+            confidence.update(box_confidences(answer.text, answer.ends, log_prob))
+        return Envelope(
+            text=answer.text.strip(),
+            confidence=confidence,
+            option_probabilities=options,
+            entropy_first=float(steps.entropy_first[row]),
+            n_tokens=answer.n_answer + answer.n_end,
+            truncated=answer.truncated,
+            pixel_hash=sample.pixel_hashes,
+            image_sizes=sample.image_sizes,
+            processed_sizes=processed,
+            prompt_hash=prompt_hash(sample.prompt),
+            model_hash=self.model_hash,
+            card=self.card_hash,
+            model_type=self.config.model_type,
+        ).encode()
+
+    def _failed(self, sample: Sample) -> str:
+        """The response of a sample that has no answer: an envelope that says why, or nothing."""
+        if not sample.contract.envelope:
+            return ""
+        return Envelope(
+            text="",
+            pixel_hash=sample.pixel_hashes,
+            image_sizes=sample.image_sizes,
+            prompt_hash=prompt_hash(sample.prompt) if sample.prompt else "",
+            model_hash=self.model_hash,
+            card=self.card_hash,
+            model_type=self.config.model_type,
+            error=sample.error,
+        ).encode()
+
+    def _letter_forms(self, contract: TaskContract) -> dict[str, tuple[int, ...]]:
+        if not contract.letters:
+            return {}
+        cache: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = self.__dict__.setdefault("_letters", {})
+        if contract.letters not in cache:
+            cache[contract.letters] = letter_forms(self._decoder, contract.letters)
+            if lacking := [letter for letter, ids in cache[contract.letters].items() if not ids]:
+                self._warn_once(f"option letters {lacking} are no single tokens of this model: no option probabilities")
+        return cache[contract.letters]
+
+    # reporting
+
+    def _executor(self, stack: ExitStack, threads: int) -> ThreadPoolExecutor | None:
+        if threads == 0:
+            return None
+        executor = ThreadPoolExecutor(threads, thread_name_prefix="bitquake_hf")
+        stack.callback(executor.shutdown, wait=True, cancel_futures=True)
+        return executor
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._reported:
+            self._reported.add(message)
+            eval_logger.warning(f"bitquake_hf: {message}")
+
+    def _report(self, sample: Sample) -> None:
+        """Show the traceback of each kind of unexpected failure once."""
+        if (sample.error or "").startswith("model: ") and sample.origin not in self._reported:
+            self._reported.add(sample.origin)
+            eval_logger.opt(exception=sample.exception).error(
+                f"bitquake_hf: task {sample.task!r}: a sample failed: {sample.error}"
+            )
+
+    def _log_failures(self, failures: list[Sample], total: int) -> None:
+        if failures:
+            kinds = Counter((sample.error or "").split(":", 1)[0] for sample in failures)
+            counts = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+            eval_logger.warning(
+                f"bitquake_hf: {len(failures)} of {total} samples failed ({counts}); the first, of task "
+                f"{failures[0].task!r}: {failures[0].error}"
+            )
+
+
+def _refuse_hopeless_run(failures: list[Sample], probe: int) -> None:
+    """Raise when ``probe`` samples, at least two, failed in the same way in the model, and not for want of memory."""
+    failed = [sample for sample in failures if (sample.error or "").startswith("model: ")]
+    if len(failed) < max(2, probe) or len({sample.origin for sample in failed}) > 1 or failed[0].out_of_memory:
+        return
+    raise RuntimeError(
+        f"bitquake_hf: the first {len(failed)} samples of task {failed[0].task!r} all failed in the same way: "
+        f"{failed[0].error} ({failed[0].origin}; its traceback is in the log)"
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _device_is_lost(error: BaseException) -> bool:
+    """A CUDA error after which no call succeeds any more: going on would fail every sample that is left."""
+    lost = getattr(torch, "AcceleratorError", None)
+    return (lost is not None and isinstance(error, lost)) or "device-side assert" in str(error)

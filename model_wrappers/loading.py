@@ -1,0 +1,218 @@
+"""Load a Hugging Face image-text-to-text model and its processor, with errors that say what to change."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import Any
+
+import torch
+import transformers
+from loguru import logger as eval_logger
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+REFERENCE_PREFIX = "bitquake/"
+"""``pretrained`` names that begin like this are reference checkpoints shipped in the package."""
+
+
+def resolve_pretrained(pretrained: str) -> str:
+    """The folder of a shipped reference checkpoint (``bitquake/block-idefics3``), or the name unchanged.
+
+    Raises:
+        ValueError: a ``bitquake/`` name, and this installation ships no reference checkpoints or none of that name.
+    """
+    if not pretrained.startswith(REFERENCE_PREFIX):
+        return pretrained
+    try:
+        from bitquake.model_wrappers.checkpoints import resolve
+    except ImportError as error:
+        raise ValueError(
+            f"pretrained={pretrained!r}: names that begin with {REFERENCE_PREFIX!r} are reference checkpoints inside "
+            f"the package, and this installation has none ({error}). Reinstall bitquake, or give a hub name or folder."
+        ) from error
+    return str(resolve(pretrained))
+
+
+def load_processor(
+    pretrained: str,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> Any:
+    """The model's processor, padding on the left.
+
+    Args:
+        min_pixels, max_pixels: bounds on width x height of the processed image, where the image processor knows them.
+
+    Raises:
+        ValueError: no image processor or chat template, or pixel bounds that it would silently ignore.
+    """
+    processor = AutoProcessor.from_pretrained(pretrained, revision=revision, trust_remote_code=trust_remote_code)
+    image_processor = getattr(processor, "image_processor", None)
+    if image_processor is None or getattr(processor, "tokenizer", None) is None:
+        raise ValueError(
+            f"pretrained={pretrained!r}: {type(processor).__name__} has no image processor with a tokenizer beside it; "
+            "bitquake_hf runs image-text-to-text models. Check that the folder holds the processor's files."
+        )
+    _bound_pixels(image_processor, pretrained, min_pixels=min_pixels, max_pixels=max_pixels)
+    if processor.chat_template is None:
+        raise ValueError(f"pretrained={pretrained!r}: its processor has no chat template, so no prompt can be built.")
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def _bound_pixels(image_processor: Any, pretrained: str, **bounds: int | None) -> None:
+    """Set ``min_pixels`` and ``max_pixels`` where the image processor keeps them."""
+    known = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
+    edges = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # of the Qwen-VL kind; not edges, but areas
+    for name, value in bounds.items():
+        if value is None:
+            continue
+        if name not in known:
+            raise ValueError(
+                f"{name}={value}: {type(image_processor).__name__} of {pretrained!r} has no such setting and would "
+                "ignore it. Leave it out (models of the Qwen-VL kind know it)."
+            )
+        if getattr(image_processor, name, None) is not None:
+            setattr(image_processor, name, value)
+        else:
+            image_processor.size = type(image_processor.size)(**{**dict(image_processor.size), edges[name]: value})
+
+
+def load_model(
+    pretrained: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: str | None,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+) -> Any:
+    """The model in evaluation mode, on its device or spread by ``device_map``.
+
+    Raises:
+        ValueError: an architecture that transformers does not list as image-text-to-text, or an encoder-decoder.
+    """
+    config = AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"pretrained={pretrained!r}: {config.model_type!r} is an encoder-decoder; decoder-only models run here."
+        )
+    if type(config) not in AutoModelForImageTextToText._model_mapping and not trust_remote_code:
+        raise ValueError(
+            f"pretrained={pretrained!r}: model type {config.model_type!r} is no image-text-to-text model of "
+            f"transformers {transformers.__version__}. If its code comes with the checkpoint and you trust it, set "
+            "trust_remote_code=True."
+        )
+    optional = {"attn_implementation": attn_implementation, "device_map": device_map}
+    model = AutoModelForImageTextToText.from_pretrained(
+        pretrained,
+        revision=revision,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        **{key: value for key, value in optional.items() if value is not None},
+    )
+    if device_map is None:
+        model = model.to(device)
+    return model.eval()
+
+
+def commit(model: Any, revision: str | None) -> str:
+    """The commit that was really loaded from a hub, else the revision asked for, else ""."""
+    return str(getattr(model.config, "_commit_hash", None) or revision or "")
+
+
+def put_adapter_on(model: Any, adapter: str, *, revision: str | None = None) -> tuple[Any, str]:
+    """Put a peft adapter (LoRA and its kin) on top of a loaded, perhaps quantized, model.
+
+    Returns:
+        The same model, now with the adapter's layers in it, and the blake2 hex of the adapter's tensors.
+
+    Raises:
+        ValueError: peft is not installed, or the adapter works on prompts and not on layers.
+    """
+    try:
+        from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+        from peft.tuners.lora import Linear as LoraLinear
+    except ImportError as error:
+        raise ValueError(f"adapter={adapter!r} needs the peft package: pip install peft") from error
+    from .quantizers.linear import QuantizedLinear
+
+    config = PeftConfig.from_pretrained(adapter, revision=revision)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"adapter={adapter!r} is a {config.peft_type} adapter; adapters that change layers (LoRA) run here."
+        )
+    if isinstance(config, LoraConfig):
+        # peft knows the quantized layers of its own backends only; ours has in_features, out_features and a weight too
+        config._register_custom_module({QuantizedLinear: LoraLinear})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
+        wrapped = PeftModel.from_pretrained(model, adapter, config=config).eval()
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(get_peft_model_state_dict(wrapped).items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    eval_logger.info(f"bitquake_hf: adapter {adapter} on top, hash {digest.hexdigest()}")
+    return wrapped.get_base_model(), digest.hexdigest()
+
+
+def processed_sizes(
+    processor: Any, inputs: Any, image_sizes: list[list[tuple[int, int]]]
+) -> list[list[tuple[int, int]]]:
+    """(width, height) in pixels of each image as the processor resized it.
+
+    Read from the model's inputs: the patch grid (Qwen-VL and its kin), tiles and pixel mask (Idefics2, Idefics3,
+    SmolVLM), or one picture per image (LLaVA). Where the inputs do not tell, every list is empty.
+
+    Args:
+        image_sizes: per sample, (width, height) of its images before the processor.
+    """
+    nothing: list[list[tuple[int, int]]] = [[] for _ in image_sizes]
+    counts = [len(sizes) for sizes in image_sizes]
+    image_processor = processor.image_processor
+    pixels, grid, mask = (inputs.get(key) for key in ("pixel_values", "image_grid_thw", "pixel_attention_mask"))
+    flat: list[tuple[int, int]]
+    if grid is not None and isinstance(patch := getattr(image_processor, "patch_size", None), int):
+        flat = [(w * patch, h * patch) for _, h, w in grid.tolist()]
+    elif mask is not None and mask.ndim == 4:
+        heights, widths = mask.amax(dim=3).sum(dim=2).tolist(), mask.amax(dim=2).sum(dim=2).tolist()
+        flat = []
+        for row, sizes in enumerate(image_sizes):
+            at = 0
+            for width, height in sizes:
+                rows, columns = _tiles(image_processor, width, height)
+                if at + rows * columns >= mask.shape[1]:
+                    return nothing
+                if rows:
+                    edge = image_processor.max_image_size["longest_edge"]
+                    flat.append((columns * edge, rows * edge))
+                else:
+                    flat.append((int(widths[row][at]), int(heights[row][at])))
+                at += rows * columns + 1
+            if any(widths[row][at:]):  # tiles that we did not account for: say nothing rather than something wrong
+                return nothing
+    elif pixels is not None and pixels.ndim == 4 and len(pixels) == sum(counts):
+        flat = [(pixels.shape[3], pixels.shape[2])] * len(pixels)
+    else:
+        return nothing
+    if len(flat) != sum(counts):
+        return nothing
+    sizes_left = iter(flat)
+    return [[next(sizes_left) for _ in range(count)] for count in counts]
+
+
+def _tiles(image_processor: Any, width: int, height: int) -> tuple[int, int]:
+    """Rows and columns of tiles that an image is split into; (0, 0) when it stays whole."""
+    if not getattr(image_processor, "do_image_splitting", False):
+        return 0, 0
+    count = getattr(image_processor, "get_number_of_image_patches", None)
+    if count is None:
+        return 0, 0
+    _, rows, columns = count(height, width, {})
+    return int(rows), int(columns)

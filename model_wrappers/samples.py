@@ -1,0 +1,142 @@
+"""One request of lmms-eval made ready for the processor: images after noise, prompt, hashes; or why that failed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+
+from bitquake.noise import ImageError, NoiseError, load_rgb, pixel_hash
+
+from .generation import GenerationRequest
+from .task_contract import TaskContract
+
+_IMAGE_ERRORS = (ImageError, OSError, Image.DecompressionBombError)
+
+
+@dataclass
+class Sample:
+    """A request on its way through the wrapper.
+
+    ``error`` is None or begins with ``image: ``, ``question: `` or ``model: `` (what failed); ``exception`` is what was
+    raised and ``origin`` its type and the line it came from.
+    """
+
+    index: int
+    task: str
+    contract: TaskContract
+    request: GenerationRequest
+    letters: tuple[str, ...] = ()
+    prompt: str = ""
+    images: list[Image.Image] = field(default_factory=list)
+    pixel_hashes: list[str] = field(default_factory=list)
+    error: str | None = None
+    exception: BaseException | None = None
+    origin: str = ""
+    out_of_memory: bool = False
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        return [image.size for image in self.images]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Sort key of a batch: pixels first, they make more tokens than words do."""
+        return sum(width * height for width, height in self.image_sizes), len(self.prompt)
+
+    def fail(self, kind: str, exception: BaseException) -> None:
+        message = " ".join(str(exception).split()) or type(exception).__name__
+        # the room of the noise says "image: ..." itself
+        self.error = message if message.startswith(f"{kind}: ") else f"{kind}: {message}"
+        self.exception = exception
+        trace = exception.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
+        self.origin = f"{type(exception).__name__}{where}"
+
+    def release(self) -> None:
+        """Let go of the images, and of the exception, whose traceback holds the tensors of a whole batch."""
+        self.images = []
+        self.exception = None
+
+
+def prompt_hash(prompt: str) -> str:
+    """blake2 hex of the templated prompt."""
+    return hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest()
+
+
+def prepare(
+    sample: Sample, arguments: tuple[Any, ...], task_dict: Mapping[str, Any], processor: Any, model_type: str
+) -> Sample:
+    """Read the document, build its messages (images are loaded and corrupted there), template the prompt.
+
+    Runs in worker threads. A failure of this one sample is written on it, not raised: an image that is missing or does
+    not decode is ``image``, a ``ValueError`` (an empty question) ``question``, anything else ``model``.
+
+    Args:
+        arguments: (ctx, doc_to_messages, gen_kwargs, doc_id, task, split) of the request.
+        task_dict: lmms-eval's ``lm.task_dict``.
+
+    Raises:
+        NoiseError: the task asks for a noise that does not exist: no sample of it could succeed.
+    """
+    _, doc_to_messages, _, doc_id, task, split = arguments
+    try:
+        doc = task_dict[task][split][doc_id]
+        messages = doc_to_messages(doc)
+    except NoiseError:
+        raise
+    except _IMAGE_ERRORS as error:
+        sample.fail("image", error)
+        return sample
+    except ValueError as error:
+        sample.fail("question", error)
+        return sample
+    except Exception as error:  # one bad document must not lose the others; the wrapper logs and counts it
+        sample.fail("model", error)
+        return sample
+    try:
+        chat = ChatMessages(messages=messages)
+        images, videos, audios = chat.extract_media()
+        if videos or audios:
+            raise ValueError("video and audio are not supported: bitquake_hf measures image tasks")
+        if sample.contract.protocol == "choice":
+            sample.letters = sample.contract.question_letters(doc)
+        for image in images:
+            sample.images.append(image if _is_plain_rgb(image) else Image.fromarray(load_rgb(image)))
+            sample.pixel_hashes.append(pixel_hash(sample.images[-1]))
+        conversation = _conversation(chat, sample.contract, model_type)
+        sample.prompt = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except _IMAGE_ERRORS as error:
+        sample.fail("image", error)
+    except Exception as error:
+        sample.fail("model", error)
+    return sample
+
+
+def _is_plain_rgb(image: Any) -> bool:
+    # an EXIF orientation that nobody applied would be applied by load_rgb and not by the processor
+    return isinstance(image, Image.Image) and image.mode == "RGB" and not image.info.get("exif")
+
+
+def _conversation(chat: ChatMessages, contract: TaskContract, model_type: str) -> list[dict[str, Any]]:
+    """Messages for the chat template: places of images, and texts; the last user text with the model's own prompt."""
+    conversation: list[dict[str, Any]] = []
+    last_text: dict[str, Any] | None = None
+    for message in chat.messages:
+        content: list[dict[str, Any]] = []
+        for part in message.content:
+            if part.type == "text":
+                content.append({"type": "text", "text": part.text})
+                last_text = content[-1] if message.role == "user" else last_text
+            else:
+                content.append({"type": "image"})
+        conversation.append({"role": message.role, "content": content})
+    if last_text is not None:
+        last_text["text"] = contract.adapt(last_text["text"], model_type)
+    return conversation

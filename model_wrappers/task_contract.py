@@ -1,0 +1,114 @@
+"""What one of our tasks asks of the wrapper: ``metadata: {bitquake: {...}}`` of its YAML.
+
+A task of anybody else has no such entry: it gets plain text. Extra keys in ``generation_kwargs`` would reach other
+models' ``generate`` and crash them, so what only our wrapper understands stands in the metadata:
+
+    metadata:
+      bitquake:
+        envelope: true                  # answer with an envelope (bitquake.envelope), not with plain text
+        protocol: choice                # vqa | choice | grounding: which further confidences are wanted
+        letters: [A, B, C, D, E]        # choice: option letters, at most
+        options_field: choices          # choice: column of the document that holds this question's options
+        default_prompt: {pre_prompt: "", post_prompt: "\\nAnswer briefly."}   # as in lmms_eval_specific_kwargs
+        prompts:                        # per model_type of transformers: what stands there instead
+          qwen2_vl: {pre_prompt: "", post_prompt: "\\nAnswer with one word."}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_KEYS = ("envelope", "protocol", "letters", "options_field", "default_prompt", "prompts")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text before and after the question."""
+
+    pre_prompt: str = ""
+    post_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class TaskContract:
+    """See the module's text; the default is the contract of a task that is not ours."""
+
+    envelope: bool = False
+    protocol: str | None = None
+    letters: tuple[str, ...] = ()
+    options_field: str | None = None
+    default_prompt: Prompt = Prompt()
+    prompts: Mapping[str, Prompt] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, doc_to_messages: Any, task: str) -> TaskContract:
+        """The contract of the task whose bound ``doc_to_messages`` lmms-eval put into a request.
+
+        Raises:
+            ValueError: the metadata is ours but malformed.
+        """
+        config = getattr(getattr(doc_to_messages, "__self__", None), "config", None)
+        metadata = getattr(config, "metadata", None)
+        ours = metadata.get("bitquake") if isinstance(metadata, Mapping) else None
+        if ours is None:
+            return cls()
+        where = f"task {task!r}: metadata.bitquake"
+        if not isinstance(ours, Mapping):
+            raise ValueError(f"{where}: expected a mapping with keys among {_KEYS}, got {ours!r}.")
+        prompts = ours.get("prompts") or {}
+        if not isinstance(prompts, Mapping):
+            raise ValueError(f"{where}.prompts: expected a mapping from model_type to prompts, got {prompts!r}.")
+        letters = tuple(ours.get("letters") or ())
+        if not all(isinstance(letter, str) and letter for letter in letters) or len(set(letters)) != len(letters):
+            raise ValueError(f"{where}.letters: expected distinct strings, got {ours.get('letters')!r}.")
+        return cls(
+            envelope=ours.get("envelope") is True,
+            protocol=ours.get("protocol"),
+            letters=letters if ours.get("protocol") == "choice" else (),
+            options_field=ours.get("options_field"),
+            default_prompt=_prompt(ours.get("default_prompt"), f"{where}.default_prompt"),
+            prompts={name: _prompt(prompt, f"{where}.prompts.{name}") for name, prompt in prompts.items()},
+        )
+
+    def question_letters(self, doc: Any) -> tuple[str, ...]:
+        """The letters of this document's options: the first n of ``letters`` where ``options_field`` holds n options.
+
+        Raises:
+            ValueError: the document lacks that field, or holds more options than there are letters.
+        """
+        if self.options_field is None:
+            return self.letters
+        try:
+            n = len(doc[self.options_field])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"options: the document has no list {self.options_field!r} ({error!r})") from error
+        if n > len(self.letters):
+            raise ValueError(f"options: {n} options but only {len(self.letters)} letters {self.letters}")
+        return self.letters[:n]
+
+    def adapt(self, text: str, model_type: str) -> str:
+        """A question with the default prompt around it -> with this model's prompt around it.
+
+        Raises:
+            ValueError: the text does not carry the default prompt that the metadata declares.
+        """
+        prompt = self.prompts.get(model_type)
+        if prompt is None:
+            return text
+        before, after = self.default_prompt.pre_prompt, self.default_prompt.post_prompt
+        if not text.startswith(before) or not text.endswith(after) or len(text) < len(before) + len(after):
+            raise ValueError(
+                f"prompt: {text!r} does not begin with {before!r} and end with {after!r}, the default_prompt of the "
+                "task's metadata; make it equal to lmms_eval_specific_kwargs.default"
+            )
+        return prompt.pre_prompt + text[len(before) : len(text) - len(after)] + prompt.post_prompt
+
+
+def _prompt(value: Any, where: str) -> Prompt:
+    if value is None:
+        return Prompt()
+    if not isinstance(value, Mapping) or not set(value) <= {"pre_prompt", "post_prompt"}:
+        raise ValueError(f"{where}: expected {{pre_prompt: ..., post_prompt: ...}}, got {value!r}.")
+    return Prompt(**{key: str(text or "") for key, text in value.items()})

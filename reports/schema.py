@@ -1,0 +1,206 @@
+"""The report as data: what ``report.json`` holds and what the pages are made from.
+
+All numbers are in the metric's own unit (fractions, never percentages; nats for NLL). None: not available, and ``note``
+says why.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+
+Effect = Literal["better", "worse", "tied", "changed"]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class MetricEntry(_Entry):
+    """Definition of a metric."""
+
+    key: str
+    title: str
+    unit: Literal["percent", "fraction", "nats"]
+    higher_is_better: bool | None
+    definition: str
+    source: str
+
+
+class DifferenceEntry(_Entry):
+    """Quantized minus full precision on the same samples, with its interval.
+
+    verdict: ``higher``/``lower`` when the interval excludes 0, else ``tied``. effect: what that means for this metric;
+    ``changed`` where neither direction is better.
+    """
+
+    delta: float
+    lo: float
+    hi: float
+    verdict: Literal["tied", "higher", "lower"]
+    effect: Effect
+
+
+class ValueEntry(_Entry):
+    """A metric of one cell. caution: why runs must not be ranked by it, or ""."""
+
+    value: float | None
+    lo: float | None
+    hi: float | None
+    note: str = ""
+    caution: str = ""
+    difference: DifferenceEntry | None = None
+
+
+class CurvePoint(_Entry):
+    """Operating point of the risk-coverage curve: answered iff confidence >= threshold."""
+
+    coverage: float
+    risk: float
+    threshold: float
+
+
+class BinEntry(_Entry):
+    """A bin (lower, upper] of the reliability diagram that holds samples; ``lo``/``hi``: interval of the mean score."""
+
+    lower: float
+    upper: float
+    count: int
+    confidence: float
+    score: float
+    lo: float | None
+    hi: float | None
+
+
+class CellEntry(_Entry):
+    """One model on one task.
+
+    pairing: ``twin`` (the full-precision run), ``paired`` with it, or ``unpaired`` with the ``reason``.
+    common: what was left out when runs of different samples were compared on those they share.
+    chance_ece: the ECE that a perfectly calibrated model with these confidences shows by chance.
+    """
+
+    run: str
+    world: Literal["block", "real"]
+    family: str
+    variant: str
+    task: str
+    kind: Literal["clean", "noise", "shift"]
+    noise: str = ""
+    severity: int = 0
+    pairing: Literal["twin", "paired", "unpaired"]
+    reason: str = ""
+    common: str = ""
+    n: int
+    n_clusters: int
+    n_missing_confidence: int
+    confidence_name: str
+    failures: dict[str, int]
+    failure_details: dict[str, int]
+    parse_failures: int
+    truncated: int
+    metrics: dict[str, ValueEntry]
+    chance_ece: float | None
+    curve: list[CurvePoint]
+    bins: list[BinEntry]
+    source: str
+
+
+class SummaryEntry(_Entry):
+    """Mean difference over all conditions of a family, with interval, and the range of ranks by AURC.
+
+    Ranks are among the quantized runs of one full-precision twin: in 95 % of the replicates the rank lay in this range.
+    """
+
+    run: str
+    world: Literal["block", "real"]
+    family: str
+    n_conditions: int
+    differences: dict[str, DifferenceEntry]
+    rank_lo: int | None = None
+    rank_hi: int | None = None
+
+
+class CardEntry(_Entry):
+    """What the quant card says, in short. n_bytes is None for simulated runs: their memory means nothing."""
+
+    pretrained: str
+    revision: str
+    architecture: str
+    dtype: str
+    spec_name: str
+    spec: dict[str, str]
+    method: str
+    execution: Literal["full-precision", "simulated", "packed"]
+    kernel: str
+    device: str
+    nominal_bpw: float
+    effective_bpw: float
+    bits: str
+    group_size: str
+    n_quantized_modules: int
+    n_changed_modules: int
+    n_kept_modules: int
+    quantized_share: float
+    components: dict[str, dict[str, int]]
+    n_bytes: int | None
+    calibration_source: str
+    calibration_samples: int
+    calibration_hash: str
+    weights_hash: str
+    libraries: dict[str, str]
+
+
+class RunEntry(_Entry):
+    """One model; ``twin`` is the id of its full-precision run. refused: why it has none."""
+
+    id: str
+    name: str
+    label: str
+    quantization: str
+    role: Literal["full-precision", "quantized", "unknown"]
+    twin: str | None
+    refused: str
+    model_hash: str
+    card_hash: str
+    card: CardEntry | None
+    commands: list[str]
+
+
+class ProblemEntry(_Entry):
+    level: Literal["error", "warning"]
+    where: str
+    what: str
+    fix: str
+
+
+class InputEntry(_Entry):
+    path: str
+    sha256: str
+    n_bytes: int
+
+
+class Settings(_Entry):
+    replicates: int
+    seed: int
+    level: float
+    common_samples: bool
+
+
+class Report(_Entry):
+    """Everything that a report shows."""
+
+    schema_version: int = SCHEMA_VERSION
+    generator: str
+    title: str
+    settings: Settings
+    metrics: list[MetricEntry]
+    runs: list[RunEntry]
+    cells: list[CellEntry]
+    summaries: list[SummaryEntry]
+    problems: list[ProblemEntry]
+    inputs: list[InputEntry]
+    inputs_digest: str
