@@ -62,7 +62,7 @@ class Recipe:
     weight_decay: float = 0.01
     see_weight: float = 0.3
     spoiled: float = 0.35
-    """Share of the pictures that get mild grain and a flatter contrast, so that noise does not break the answers' form."""
+    """Share of the pictures with mild grain and a flatter contrast, so that noise does not break the answers' form."""
     ramp: tuple[int, ...] = (300, 600, 1000, 1500, 2000)
     """Step at which scenes of up to 2, 3, 4, 5, 6 objects begin."""
     hard_from: int = 1200
