@@ -58,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train-reference", help="train the reference checkpoint again (resumable)")
     train.add_argument("folder", type=Path, help="where progress and the model are kept; run again to go on")
+    train.add_argument("--export", type=Path, help="train nothing; write the folder's model as it ships to this folder")
+    train.add_argument(
+        "--spread", type=float, default=0.0, help="with --export: sigma of the uneven channels (default 0)"
+    )
     train.add_argument("--minutes", type=float, help="stop after this time; run again to go on")
+    train.add_argument("--stop", type=int, help="stop at this step of the second stage; run again to go on")
     train.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     train.add_argument("--set", nargs="*", default=[], metavar="KEY=NUMBER", help="change entries of the recipe")
     return parser
@@ -105,10 +110,15 @@ def _tasks(options: argparse.Namespace) -> int:
 
     from bitquake.tasks import catalog
 
-    if options.action == "path":
-        print(catalog.tasks_path(options.families))
-    elif options.action == "list":
-        print(tabulate(catalog.list_rows(options.families), headers="keys"))
+    if options.action in ("path", "list"):
+        if options.action == "path":
+            print(catalog.tasks_path(options.families))
+        else:
+            print(tabulate(catalog.list_rows(options.families), headers="keys"))
+        problems = catalog.problems(options.families)
+        for problem in problems:
+            print(f"bitquake tasks: left out: {problem}", file=sys.stderr)
+        return EXIT_PROBLEM if problems else EXIT_OK
     elif options.action == "export":
         print(f"{catalog.export(options.folder)} tasks written to {options.folder}")
     else:
@@ -145,11 +155,14 @@ def _demo(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     import torch
 
-    from bitquake.reference_training import recipe_from, train
+    from bitquake.reference_training import export, recipe_from, train
 
+    if options.export:
+        print(export(options.folder, options.export, spread=options.spread))
+        return EXIT_OK
     if options.threads:
         torch.set_num_threads(options.threads)
-    print(train(options.folder, recipe_from(options.set), minutes=options.minutes))
+    print(train(options.folder, recipe_from(options.set), minutes=options.minutes, stop=options.stop))
     return EXIT_OK
 
 

@@ -27,9 +27,9 @@ _PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
 _DONE = "complete.json"
 
 
-def command(quant: str, folder: Path, artifacts: Path, limit: int) -> list[str]:
+def command(quant: str, folder: Path, artifacts: Path, journal: Path, limit: int) -> list[str]:
     """The exact lmms-eval command that evaluates one quantization: what a user would type."""
-    arguments = f"pretrained={PRETRAINED},quant={quant},artifacts={artifacts},dtype=bfloat16"
+    arguments = f"pretrained={PRETRAINED},quant={quant},artifacts={artifacts},journal={journal},dtype=bfloat16"
     return [
         *(sys.executable, "-m", "lmms_eval", "--model", "bitquake_hf", "--model_args", arguments),
         *("--tasks", ",".join(TASKS), "--batch_size", "64", "--limit", str(limit), "--device", "cpu"),
@@ -71,7 +71,7 @@ def _evaluate(quant: str, out: Path, limit: int, threads: int) -> bool:
         "TOKENIZERS_PARALLELISM": "false",
     }
     with (out / "logs" / f"{quant}.log").open("wb") as log:
-        arguments = command(quant, folder, out / "artifacts", limit)
+        arguments = command(quant, folder, out / "artifacts", out / "journal", limit)
         subprocess.run(arguments, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
     if not _complete(folder, limit):
         return False
@@ -92,8 +92,8 @@ def _share_done(log: Path) -> float:
 def run(out: Path, *, limit: int = 1000, jobs: int | None = None) -> int:
     """Evaluate every quantization (one process each), then write ``out/site``; prints the page's path last.
 
-    Finished models of an interrupted demo are kept. Returns 0 when every run is complete and the page is written, 1
-    otherwise (the reasons are printed).
+    Finished models of an interrupted demo are kept, and so are the answers of the others so far. Returns 0 when every
+    run is complete and the page is written, 1 otherwise (the reasons are printed).
 
     Raises:
         ValueError: ``limit`` or ``jobs`` is not positive, or ``limit`` exceeds the smallest task's samples.
@@ -130,6 +130,8 @@ def run(out: Path, *, limit: int = 1000, jobs: int | None = None) -> int:
     for quant, future in futures.items():
         if not future.result():
             print(f"{quant}: the run is not complete; see {out / 'logs' / f'{quant}.log'}")
+    if all(future.result() for future in futures.values()):
+        shutil.rmtree(out / "journal", ignore_errors=True)
     result = build(
         [out / "runs" / quant for quant in QUANTS],
         out / "site",

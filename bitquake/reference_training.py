@@ -37,7 +37,6 @@ from bitquake.tasks.world import questions, scenes, splits
 from bitquake.tasks.world.annotators import N_ANNOTATORS, perceive
 
 IGNORED = -100
-COORDINATE_WEIGHT = 0.15
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,30 @@ class Recipe:
     questions: int = 16
     boxes: int = 2
     sciences: int = 2
-    see_steps: int = 800
-    see_images: int = 64
+    box_weight: float = 0.15
+    """Weight of a coordinate in the loss (an answer word weighs 1)."""
+    see_steps: int = 1200
+    see_images: int = 48
     speak_steps: int = 9000
-    rate: float = 6e-4
+    rate: float = 8e-4
     floor: float = 0.05
-    warmup: int = 200
+    warmup: int = 300
     weight_decay: float = 0.01
     see_weight: float = 0.3
+    focus_from: int = 2500
+    """Step from which the three below replace the numbers of their kind: first look-ups, then what rests on them."""
+    focus_sciences: int = 4
+    focus_box_weight: float = 0.4
+    focus_see_weight: float = 1.0
+    drill_from: int = 5250
+    """Step from which science, learned last, gets more room."""
+    drill_sciences: int = 6
+    drill_questions: int = 18
     spoiled: float = 0.35
     """Share of the pictures with mild grain and a flatter contrast, so that noise does not break the answers' form."""
-    ramp: tuple[int, ...] = (300, 600, 1000, 1500, 2000)
+    ramp: tuple[int, ...] = (300, 700, 1200, 1800, 2400)
     """Step at which scenes of up to 2, 3, 4, 5, 6 objects begin."""
-    hard_from: int = 1200
+    hard_from: int = 1500
     """Step at which comparisons begin (look-ups and counts come first)."""
     decay_from: float = 0.5
     """Share of the speak steps after which the learning rate falls (cosine) to ``floor`` times itself."""
@@ -124,10 +134,10 @@ def prefix_ids(vocabulary: Vocabulary) -> list[int]:
     return vocabulary.ids(architecture.USER + image)
 
 
-def _example(vocabulary: Vocabulary, prompt: str, answer: str, *, box: bool = False) -> Example:
+def _example(vocabulary: Vocabulary, prompt: str, answer: str, *, box_weight: float | None = None) -> Example:
     answer_ids = vocabulary.ids(answer)
     # Of a box's nine tokens only the four numbers carry news.
-    weights = [COORDINATE_WEIGHT if i % 2 else 0.02 for i in range(len(answer_ids))] if box else [1.0] * len(answer_ids)
+    weights = [box_weight if i % 2 else 0.02 for i in range(len(answer_ids))] if box_weight else [1.0] * len(answer_ids)
     end = vocabulary.tokenizer.eos_token_id
     return Example(vocabulary.ids(prompt + architecture.ASSISTANT), [*answer_ids, end], [*weights, 0.05])
 
@@ -137,21 +147,38 @@ def box_text(block: scenes.Block) -> str:
     return "[{}, {}, {}, {}]".format(*block.box)
 
 
+def _science_step(science: questions.ScienceQuestion, step: int, rng: random.Random) -> tuple[str, str]:
+    """Every other science example is whole; the others teach its two halves: apply the rule, find the letter."""
+    if step % 4 == 1:
+        return f"{science.hint} {science.text}", science.choices[science.answer].split()[-1]
+    if step % 4 == 3:
+        wanted = rng.randrange(len(science.choices))
+        options = questions.lettered(science.choices)
+        return f"which is {science.choices[wanted]}? {options}", questions.LETTERS[wanted]
+    return questions.science_prompt(science), questions.LETTERS[science.answer]
+
+
 def examples(
-    scene: scenes.Scene, rng: random.Random, vocabulary: Vocabulary, recipe: Recipe, *, hard: bool
+    scene: scenes.Scene, rng: random.Random, vocabulary: Vocabulary, recipe: Recipe, step: int
 ) -> list[Example]:
     """Training examples about one scene: the recipe's number of referring and science ones, the rest VQA."""
+    hard, focused = step >= recipe.hard_from, step >= recipe.focus_from
+    box_weight = recipe.focus_box_weight if focused else recipe.box_weight
     makers = questions.VQA if hard else questions.VQA[:-4]
     found = []
-    for _ in range(recipe.sciences):
+    drilled = step >= recipe.drill_from
+    sciences = recipe.drill_sciences if drilled else recipe.focus_sciences if focused else recipe.sciences
+    for k in range(sciences):
         science = questions.science(scene, rng)
         if science is not None:
-            found.append(_example(vocabulary, questions.science_prompt(science), questions.LETTERS[science.answer]))
+            half = 0 if drilled and k % 4 == 1 and not questions.is_clear(science, scene) else k
+            found.append(_example(vocabulary, *_science_step(science, half if focused else 0, rng)))
     for referral in questions.refer(scene, rng, recipe.boxes):
         answer = box_text(scene.blocks[referral.target])
-        found.append(_example(vocabulary, f"find : {referral.expression}", answer, box=True))
+        found.append(_example(vocabulary, f"find : {referral.expression}", answer, box_weight=box_weight))
     seen = perceive(scene, rng.randrange(N_ANNOTATORS))
-    for question in questions.ask(makers, scene, rng, recipe.questions - len(found)):
+    total = recipe.drill_questions if drilled else recipe.questions
+    for question in questions.ask(makers, scene, rng, total - len(found)):
         found.append(_example(vocabulary, question.text, question.program(seen)))
     return found
 
@@ -197,7 +224,8 @@ def spoil(picture: NDArray[np.uint8], rng: random.Random) -> NDArray[np.uint8]:
     normal = np.random.Generator(np.random.PCG64(rng.getrandbits(64))).standard_normal(picture.shape, dtype=np.float32)
     mean = picture.mean()
     flat = (picture - mean) * rng.uniform(0.4, 1.0) + mean
-    return np.clip(flat + normal * (255 * rng.uniform(0.0, 0.15)), 0, 255).astype(np.uint8)
+    spoiled: NDArray[np.uint8] = np.clip(flat + normal * (255 * rng.uniform(0.0, 0.15)), 0, 255).astype(np.uint8)
+    return spoiled
 
 
 def batches(recipe: Recipe, vocabulary: Vocabulary, *, stage: str, start: int) -> Iterator[Batch]:
@@ -215,7 +243,7 @@ def batches(recipe: Recipe, vocabulary: Vocabulary, *, stage: str, start: int) -
             pictures.append(spoil(picture, rng) if rng.random() < recipe.spoiled else picture)
             cells.append(cell_targets(scene))
             if stage == "speak":
-                groups.append(examples(scene, rng, vocabulary, recipe, hard=step >= recipe.hard_from))
+                groups.append(examples(scene, rng, vocabulary, recipe, step))
             else:
                 groups.append([])
         packed = pack(prefix, groups)
@@ -291,13 +319,13 @@ class Trainee(nn.Module):
         labels, weights = batch.labels[spoken], batch.weights[spoken]
         logits = self.model.lm_head(hidden[spoken]).float()
         each = functional.cross_entropy(logits, labels, reduction="none")
-        coordinate = weights == COORDINATE_WEIGHT
+        coordinate = (weights > 0.1) & (weights < 1.0)
         if blur > 0 and coordinate.any():
             first = int(number_ids[0])
             each = each.clone()
             each[coordinate] = _coordinate_loss(logits[coordinate], labels[coordinate] - first, blur, offset=first)
         loss = (each * weights).sum() / weights.sum()
-        single = weights > 0.9
+        single = weights == 1.0
         right = (logits[single].argmax(-1) == labels[single]).float().mean().item() if single.any() else math.nan
         return loss, right
 
@@ -357,12 +385,18 @@ def _load(folder: Path, recipe: Recipe, trainee: Trainee, optimiser: torch.optim
 
 
 def train(
-    folder: Path, recipe: Recipe, *, minutes: float | None = None, save_every: int = 250, bf16: bool = False
+    folder: Path,
+    recipe: Recipe,
+    *,
+    minutes: float | None = None,
+    stop: int | None = None,
+    save_every: int = 250,
+    bf16: bool = False,
 ) -> Path:
     """Train, or go on where ``folder`` stopped; writes the checkpoint to ``folder/model`` at every save.
 
-    Stops after ``minutes`` (resumable) or when the recipe's steps are done. Raises ValueError when ``folder`` was begun
-    with another recipe.
+    Stops after ``minutes``, at step ``stop`` of the second stage, or when the recipe's steps are done; resumable.
+    Raises ValueError when ``folder`` was begun with another recipe.
     """
     processor = architecture.build_processor(questions.words())
     vocabulary = Vocabulary(processor)
@@ -399,7 +433,8 @@ def train(
                 continue
         window: list[tuple[float, ...]] = []
         source = ahead(batches(recipe, vocabulary, stage=stage, start=progress["step"]))
-        while progress["step"] < total:
+        goal = min(total, stop) if stage == "speak" and stop is not None else total
+        while progress["step"] < goal:
             step = progress["step"]
             for group in optimiser.param_groups:
                 group["lr"] = (
@@ -413,7 +448,7 @@ def train(
                 if stage == "speak":
                     blur = 1.0 if step < 0.6 * total else 0.5
                     spoken, right = trainee.speak_loss(features, batch, number_ids, blur)
-                    loss = recipe.see_weight * loss + spoken
+                    loss = (recipe.focus_see_weight if step >= recipe.focus_from else recipe.see_weight) * loss + spoken
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
@@ -426,7 +461,7 @@ def train(
                 progress["curve"].append([stage, step + 1, round(progress["seconds"], 1), *mean])
                 print(*progress["curve"][-1], flush=True)
                 window = []
-            finished = (step + 1) == total
+            finished = (step + 1) == goal
             late = minutes is not None and time.monotonic() - began > 60 * minutes
             if (step + 1) % save_every == 0 or finished or late:
                 progress["seconds"] = before + time.monotonic() - began
@@ -435,6 +470,28 @@ def train(
                 if late and not finished:
                     return folder / "model"
     return folder / "model"
+
+
+def export(folder: Path, target: Path, *, spread: float = 0.0) -> Path:
+    """Write a training folder's checkpoint as it ships: BF16 safetensors, processor files, recipe and curve.
+
+    ``spread`` is the sigma of ``architecture.spread_channels``. Raises ValueError when ``folder`` holds no checkpoint.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if not (folder / "model" / "config.json").is_file():
+        raise ValueError(f"{folder}: no checkpoint to export yet; train first")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=torch.float32)
+    architecture.spread_channels(model, spread)
+    architecture.save(model.to(torch.bfloat16), AutoProcessor.from_pretrained(folder / "model"), target)
+    progress = json.loads((folder / "progress.json").read_text())
+    kept = {key: progress[key] for key in ("recipe", "stage", "step", "seconds", "curve")}
+    # One line for each entry of the curve keeps the file readable.
+    text = json.dumps({**kept, "spread": spread, "curve": []}, indent=1).replace(
+        '"curve": []', '"curve": [\n  ' + ",\n  ".join(json.dumps(entry) for entry in kept["curve"][3::4]) + "\n ]"
+    )
+    (target / "training.json").write_text(text.replace("NaN", "null") + "\n")
+    return target
 
 
 def recipe_from(changes: list[str]) -> Recipe:

@@ -19,12 +19,15 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
@@ -32,7 +35,8 @@ from lmms_eval.utils import simple_parse_args_string
 from loguru import logger as eval_logger
 from tqdm import tqdm
 
-from bitquake.envelope import Envelope
+from bitquake import __version__
+from bitquake.envelope import ENVELOPE_VERSION, Envelope
 
 from .arguments import as_bool, as_dtype, as_int, as_text, refuse_unknown
 from .confidence import (
@@ -48,6 +52,7 @@ from .confidence import (
     read_answer,
 )
 from .generation import GenerationRequest, StopOnText, eos_ids, greedy_config
+from .journal import Journal, JournalAnswer, digest
 from .loading import commit, load_model, load_processor, processed_sizes, put_adapter_on, resolve_pretrained
 from .prefetch import prefetch
 from .quant_cards import artifacts_dir, build_card, store_card
@@ -64,12 +69,17 @@ _MIN_PROBE = 4
 
 @dataclass
 class _Encoded:
-    """A batch after the processor: its inputs (or what the processor raised) and the processed image sizes."""
+    """A batch after the processor: its inputs (or what the processor raised) and the processed image sizes.
+
+    ``key``: the batch's in the journal, "" when it does not belong there; ``known``: its answers, found there.
+    """
 
     samples: list[Sample]
     inputs: Any = None
     processed: list[list[tuple[int, int]]] = field(default_factory=list)
     exception: Exception | None = None
+    key: str = ""
+    known: list[JournalAnswer] | None = None
 
 
 @dataclass
@@ -89,6 +99,14 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         pretrained: hub name, folder, or a shipped reference checkpoint (``bitquake/...``).
         quant: named quantization (``bitquake quants list``), possibly with overrides; ``none`` for full precision.
         artifacts: folder of the quant cards; default the user cache.
+        journal: folder in which answers are kept batch by batch as they come (default: nowhere). The same command, run
+            again after a kill, answers from there and gives bit for bit what an undisturbed run gives on that machine:
+            batches are formed as ever, and one that is there complete never reaches the device. One that is not is
+            computed again as a whole, so a kill costs the batches in work and each batch with a failed sample is
+            tried again. Nothing is reused where anything differs that an answer could depend on: model, quantization,
+            library versions, device, batch size, the neighbours in the batch (another ``--limit`` or number of
+            processes). Only after an out-of-memory error can a resumed run form batches that the undisturbed one
+            would not; its answers are then equal within the tolerance of ``batch_size``.
         dtype: ``bfloat16`` (default), ``float16`` or ``float32``, of everything that is not quantized.
         device: ``cuda``, ``cuda:1``, ``cpu``; default CUDA where there is one; ``accelerate launch`` sets it.
         device_map: spreads one model over devices (``auto``); not together with ``accelerate launch``.
@@ -115,6 +133,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         pretrained: str,
         quant: Any = "none",
         artifacts: str | None = None,
+        journal: str | None = None,
         dtype: Any = "bfloat16",
         device: str | None = None,
         device_map: str | None = None,
@@ -186,6 +205,9 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         self._eos = eos_ids(self._generation_config)
         self._input_device = model.device if device_map is None else model.get_input_embeddings().weight.device
         self.model_hash, self.card_hash = self.card.model_hash, self.card.content_hash
+        self._journal = _open_journal_folder(as_text("journal", journal), self.model_hash)
+        # before any call of the processor, which leaves traces in the tokenizer's own description
+        self._settings_hash = digest(self._settings()) if self._journal is not None else ""
         self._encode_lock = threading.Lock()
         self._reported: set[str] = set()
         if self.rank == 0:
@@ -219,7 +241,10 @@ class BitquakeHF(lmms):  # type: ignore[misc]
 
     def _start_distributed(self, device: str | None, device_map: str | None) -> None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        self.accelerator = Accelerator(cpu=True) if launched > 1 and not torch.cuda.is_available() else Accelerator()
+        # lmms-eval's ranks wait for one another while the first loads the data and after the last answer: that can take
+        # hours, and torch would end the run after 10 minutes (NCCL)
+        patient = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
+        self.accelerator = Accelerator(cpu=launched > 1 and not torch.cuda.is_available(), kwargs_handlers=[patient])
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size != launched:  # each process would answer everything, and lmms-eval wait for the others
             raise ValueError(
@@ -252,6 +277,21 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             f"{parts or 'nothing quantized'}; {card.execution}, {card.effective_bpw:.2f} effective bits per weight, "
             f"rest in {card.dtype}, on {self._device}; model {self.model_hash}, card {self.card_hash} in {folder}"
         )
+
+    def _settings(self) -> dict[str, Any]:
+        """Everything that decides the answer to a batch and does not come with its samples."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return {
+            "versions": [__version__, ENVELOPE_VERSION],
+            # the card has library versions, execution and device; the model hash the weights, the spec and the adapter
+            "model": [self.model_hash, self.card_hash, str(self.dtype), self._input_device.type],
+            "attention": self._config._attn_implementation,
+            "batch size": self.batch_size,
+            "use_cache": self._use_cache,
+            "generation": self._generation_config.to_json_string(),
+            "processor": self.processor.to_json_string(),
+            "tokenizer": backend.to_str() if backend is not None else self.tokenizer.get_vocab(),
+        }
 
     # what lmms-eval reads
 
@@ -305,10 +345,11 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         groups = self._groups(requests)
         results: list[GenerationResult | None] = [None] * len(requests)
         failures: list[Sample] = []
-        start, device_time, tokens, answered = time.perf_counter(), 0.0, 0, 0
+        start, device_time, tokens, answered, known = time.perf_counter(), 0.0, 0, 0, 0
         probe = min(max(_MIN_PROBE, self.batch_size), len(requests))
 
         with ExitStack() as stack:
+            journal = None if self._journal is None else stack.enter_context(Journal(self._journal))
             bar = stack.enter_context(
                 tqdm(total=len(requests), disable=self.rank != 0, desc="bitquake_hf", unit="sample")
             )
@@ -323,10 +364,20 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                 depth=max(2 * self._workers, (_WINDOW + 1) * self.batch_size),
             )
             batches = self._batches(groups, prepared)
-            for encoded in prefetch(self._encode, batches, encoder, depth=3):
+            for encoded in prefetch(
+                lambda samples: self._recall_or_encode(samples, requests, journal), batches, encoder, depth=3
+            ):
                 began = time.perf_counter()
                 responses = self._respond(encoded)
-                device_time += time.perf_counter() - began
+                if encoded.known is not None:
+                    known += len(responses)
+                else:
+                    device_time += time.perf_counter() - began
+                    tokens += sum(response.output_tokens for response in responses)
+                    if journal is not None and all(response.sample.error is None for response in responses):
+                        journal.add(
+                            encoded.key, [JournalAnswer(r.text, r.input_tokens, r.output_tokens) for r in responses]
+                        )
                 for response in responses:
                     sample = response.sample
                     results[sample.index] = GenerationResult(
@@ -335,7 +386,6 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                             input_tokens=response.input_tokens, output_tokens=response.output_tokens
                         ),
                     )
-                    tokens += response.output_tokens
                     if sample.error is None:
                         answered += 1
                         gen_kwargs = requests[sample.index].args[2]
@@ -348,13 +398,20 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                 if answered == 0:
                     _refuse_hopeless_run(failures, probe)
 
+        if journal is not None:
+            self._log_journal(journal, known, len(requests))
         self._log_failures(failures, len(requests))
         wall = time.perf_counter() - start
         log_metrics(
             total_elapsed_time=device_time,
             total_gen_tokens=tokens,
             avg_speed=tokens / device_time if device_time else 0.0,
-            additional_metrics={"total_requests": len(requests), "wall_time": wall, "failed_samples": len(failures)},
+            additional_metrics={
+                "total_requests": len(requests),
+                "wall_time": wall,
+                "failed_samples": len(failures),
+                "journaled_samples": known,
+            },
         )
         return cast("list[GenerationResult]", results)
 
@@ -393,20 +450,31 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                 batches = [like[begin : begin + size] for like in kinds for begin in range(0, len(like), size)]
                 yield from [failed, *batches] if failed else batches
 
+    def _recall_or_encode(self, samples: list[Sample], requests: list[Instance], journal: Journal | None) -> _Encoded:
+        """A batch with its answers, where the journal has them, or else ready for the device."""
+        if journal is None or samples[0].error is not None:
+            return self._encode(samples)
+        key = digest([self._settings_hash, [_identity(sample, requests[sample.index].args) for sample in samples]])
+        known = journal.get(key)
+        if known is not None and len(known) == len(samples):
+            return _Encoded(samples, known=known)
+        encoded = self._encode(samples)
+        encoded.key = key
+        return encoded
+
     def _encode(self, samples: list[Sample]) -> _Encoded:
         """The processor's inputs of a batch; runs ahead, in a thread of its own."""
         if samples[0].error is not None:
             return _Encoded(samples)
         prompts = [sample.prompt for sample in samples]
-        images = [image for sample in samples for image in sample.images]
+        # by sample: SmolVLM takes a flat list for one sample's, LLaVA-OneVision for samples of one image each
+        images = [sample.images for sample in samples] if samples[0].images else None
         bos = self.processor.tokenizer.bos_token
         # as apply_chat_template(tokenize=True) does: a template that writes the start token must not get a second one
         special = {"add_special_tokens": False} if bos is not None and prompts[0].startswith(bos) else {}
         try:
             with self._encode_lock:
-                inputs = self.processor(
-                    text=prompts, images=images or None, padding=True, return_tensors="pt", **special
-                )
+                inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt", **special)
             sizes = processed_sizes(self.processor, inputs, [sample.image_sizes for sample in samples])
         except Exception as error:  # kept for the main thread, which finds out which sample it is
             return _Encoded(samples, exception=error)
@@ -417,6 +485,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         samples = encoded.samples
         if samples[0].error is not None:
             return [_Response(sample, self._failed(sample)) for sample in samples]
+        if encoded.known is not None:
+            return [_Response(sample, *answer) for sample, answer in zip(samples, encoded.known, strict=True)]
         if len(samples) > self._batch_limit:
             return self._in_parts(samples, self._batch_limit)
         try:
@@ -578,6 +648,11 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                 f"bitquake_hf: task {sample.task!r}: a sample failed: {sample.error}"
             )
 
+    def _log_journal(self, journal: Journal, known: int, total: int) -> None:
+        if known or journal.unreadable:
+            cut = f"; {journal.unreadable} lines were cut short and left out" if journal.unreadable else ""
+            eval_logger.info(f"bitquake_hf: {known} of {total} answers came from the journal {self._journal}{cut}")
+
     def _log_failures(self, failures: list[Sample], total: int) -> None:
         if failures:
             kinds = Counter((sample.error or "").split(":", 1)[0] for sample in failures)
@@ -597,6 +672,28 @@ def _refuse_hopeless_run(failures: list[Sample], probe: int) -> None:
         f"bitquake_hf: the first {len(failed)} samples of task {failed[0].task!r} all failed in the same way: "
         f"{failed[0].error} ({failed[0].origin}; its traceback is in the log)"
     )
+
+
+def _open_journal_folder(journal: str | None, model_hash: str) -> Path | None:
+    """The model's folder inside the journal, made now: a run must not find out after hours that it cannot write."""
+    if journal is None:
+        return None
+    folder = Path(journal).expanduser() / model_hash
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"bitquake_hf: journal={journal!r} cannot be made: {error}. Give a folder that can be written."
+        ) from error
+    return folder
+
+
+def _identity(sample: Sample, arguments: tuple[Any, ...]) -> list[Any]:
+    """What decides a sample's answer, apart from model and neighbours."""
+    _, _, _, doc_id, task, split = arguments
+    contract = [sample.contract.envelope, sample.contract.protocol, sample.contract.letters, sample.letters]
+    seen = [prompt_hash(sample.prompt), sample.pixel_hashes]
+    return [task, str(split), str(doc_id), asdict(sample.request), contract, seen]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -22,17 +22,29 @@ from pydantic import ValidationError
 
 from bitquake.quant_card import QuantCard
 from bitquake.records import RECORD_KEY, RECORD_VERSION, SampleRecord
+from bitquake.reports.formatting import clean_text
 from bitquake.reports.problems import Problem, RunError
 
 _SAMPLES = re.compile(r"(?P<stem>.+?)_samples_(?P<task>.+)\.jsonl")
-_RERUN = "run the same lmms-eval command again: with the same --use_cache it resumes"
+_RERUN = "run the same lmms-eval command again"
 _SHOWN_DETAILS = 3
 _SAME_IN_A_CELL = (
     *("task", "family", "variant", "world", "protocol", "dataset", "split", "subset", "noise"),
     "primary_confidence",
 )
 # Arguments of the wrapper that name the model or a place, or that the quant card tells better.
-_NOT_SETTINGS = ("pretrained", "quant", "artifacts", "device", "dtype", "revision", "batch_size")
+_NOT_SETTINGS = (
+    "pretrained",
+    "quant",
+    "artifacts",
+    "journal",
+    "device",
+    "dtype",
+    "revision",
+    "batch_size",
+    "workers",
+    "max_batch_size",
+)
 
 
 @dataclass(frozen=True)
@@ -197,7 +209,12 @@ class _Reader:
                 self.error(where, f"no sample file for task {task!r}", fix)
         read: list[tuple[Cell, set[tuple[str, str]]]] = []
         for task, path in sample_paths:
-            found = self.read_cell(path, _relative(path, folder), task, results)
+            name = _relative(path, folder)
+            try:
+                found = self.read_cell(path, name, task, results)
+            except OSError as error:  # one file that cannot be read costs no other
+                self.error(name, f"cannot be read ({error.strerror})", f"make it readable, or {_RERUN}")
+                continue
             if found is not None:
                 read.append(found)
         models = sorted(set().union(*(models for _, models in read))) if read else []
@@ -322,6 +339,11 @@ class _Reader:
             self.error(cell.source, f"{cell.task} is incomplete: {cell.damage}", _RERUN)
         elif cell.duplicates:
             self.warn(cell.source, f"{cell.duplicates} samples stand there twice, with equal answers", "counted once")
+        if cell.failures:
+            counts = ", ".join(f"{name} {count}" for name, count in cell.failures.items())
+            what = f"{sum(cell.failures.values())} of {n} samples of {cell.task} failed ({counts}), such as: "
+            fix = "they score 0 and have no confidence; mend the cause and run it again to have them count"
+            self.warn(cell.source, what + clean_text(next(iter(cell.failure_details))), fix)
 
     def lines(self, path: Path, where: str) -> Iterator[tuple[int, bytes]]:
         digest, size = hashlib.sha256(), 0

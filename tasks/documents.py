@@ -151,15 +151,21 @@ def require_columns(present: Iterable[str], columns: Columns) -> None:
 def _ids(dataset: datasets.Dataset, columns: Columns) -> tuple[list[str], list[str]]:
     """Image ids and sample ids of all rows: the declared columns, else hashes of pixels and of content."""
     if columns.image_id is not None:
-        images = [str(value) for value in dataset.select_columns([columns.image_id])[columns.image_id]]
+        images = ["" if value is None else str(value) for value in _values(dataset, columns.image_id)]
     else:
         images = _image_hashes(row[columns.image] for row in dataset.select_columns([columns.image]))
     if columns.sample_id is not None:
-        samples = [str(value) for value in dataset.select_columns([columns.sample_id])[columns.sample_id]]
+        samples = [str(value) for value in _values(dataset, columns.sample_id)]
     else:
         samples = _content_hashes(dataset, columns, images)
     # A row of text only, or whose image is damaged, is its own cluster.
     return [image or f"none-{sample}" for image, sample in zip(images, samples, strict=True)], samples
+
+
+def _values(dataset: datasets.Dataset, column: str) -> list[Any]:
+    """A column as a list, read at once: row by row it takes minutes of a large split."""
+    values: list[Any] = dataset.select_columns([column])[:][column]
+    return values
 
 
 def _image_hashes(images: Iterable[Any]) -> list[str]:

@@ -216,10 +216,13 @@ def _write(root: Path, loaded: Sequence[Loaded], problems: list[str]) -> None:
             file.write(_index_text(loaded, problems))
             file.flush()
             os.fsync(file.fileno())
+        building.chmod(0o755)  # a cache that several people share
         try:
             building.rename(root)
-        except OSError:  # another process was first, with the same content
-            if not (root / INDEX).is_file():
-                raise
+        except OSError:
+            if not (root / INDEX).is_file():  # a cache that was cleaned by halves
+                shutil.rmtree(root, ignore_errors=True)
+                building.rename(root)
+            # else another process was first, with the same content
     finally:
         shutil.rmtree(building, ignore_errors=True)

@@ -366,10 +366,18 @@ def load_family(file: Path) -> Loaded:
 
 
 def family_files(folders: Iterable[Path] = ()) -> list[Path]:
-    """The family files of the package, then of the given folders (``FOLDER/family.yaml``, ``FOLDER/*/family.yaml``)."""
+    """The family files of the package, then of the given folders (``FOLDER/family.yaml``, ``FOLDER/*/family.yaml``).
+
+    Raises:
+        FamilyError: a folder does not exist, or holds no family file.
+    """
     found: list[Path] = []
     for folder in (BUILT_IN, *folders):
-        found += [file for file in (folder / FAMILY_FILE, *sorted(folder.glob(f"*/{FAMILY_FILE}"))) if file.is_file()]
+        here = [file for file in (folder / FAMILY_FILE, *sorted(folder.glob(f"*/{FAMILY_FILE}"))) if file.is_file()]
+        if not here:
+            what = f"holds no {FAMILY_FILE}, nor does a folder in it" if folder.is_dir() else "is no folder"
+            raise FamilyError(f"{folder}: {what}; name the folder of a family, or one that holds such folders")
+        found += here
     return found
 
 

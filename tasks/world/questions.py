@@ -399,10 +399,20 @@ def science(scene: Scene, rng: random.Random) -> ScienceQuestion | None:
     return None
 
 
+def is_clear(question: ScienceQuestion, scene: Scene) -> bool:
+    """Whether the rule alone, without the choices, singles out one object of the scene."""
+    key = question.skill.removeprefix("find the ")
+    return sum(str(getattr(block, key)) in question.hint.split() for block in scene.blocks) == 1
+
+
+def lettered(choices: Sequence[str]) -> str:
+    """The choices behind their letters: ``(A) the circle (B) the star``."""
+    return " ".join(f"({LETTERS[i]}) {choice}" for i, choice in enumerate(choices))
+
+
 def science_prompt(question: ScienceQuestion) -> str:
     """The question as the families' template writes it: hint, question, lettered choices."""
-    options = " ".join(f"({LETTERS[i]}) {choice}" for i, choice in enumerate(question.choices))
-    return f"{question.hint} {question.text} {options}"
+    return f"{question.hint} {question.text} {lettered(question.choices)}"
 
 
 def words() -> list[str]:

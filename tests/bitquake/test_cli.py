@@ -38,6 +38,10 @@ def test_wrong_usage_ends_with_code_2_and_says_what_is_missing(arguments: tuple[
         (("quants", "show", "rtn-int5-g64"), "did you mean"),
         (("report", "no/such/folder", "--out", "x"), "no/such/folder"),
         (("tasks", "validate", "no/such.yaml"), "no/such.yaml"),
+        (("tasks", "list", "--families", "no/such"), "no/such: is no folder"),
+        (("tasks", "path", "--families", "."), "holds no family.yaml"),
+        (("report", ".", "--out", "x"), "no complete result"),
+        (("report", ".", "--out", "x", "--replicates", "0"), "replicates must be at least 1, got 0"),
         (("demo", "--limit", "0"), "--limit"),
         (("demo", "--limit", "99999"), "2000"),
         (("train-reference", "x", "--set", "rat=1"), "unknown key 'rat'"),
@@ -69,6 +73,30 @@ def test_tasks_path_holds_the_expanded_yaml(capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["tasks", "path"]) == 0
     folder = Path(capsys.readouterr().out.strip())
     assert list(folder.rglob("block_vqav2_gaussian_noise_3.yaml"))
+
+
+def test_an_unknown_noise_and_severity_6_are_named_and_hide_no_other_family(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "family.yaml").write_text(
+        "family: mine\nworld: real\ndataset: {path: someone/data}\nsplits: {test: test, threshold: val}\n"
+        "columns: {answers: answers}\nprotocol: vqa\nvariants: {noise: {names: [rain, fog], severities: [1, 6]}}\n"
+    )
+    for arguments in (
+        ["validate", str(tmp_path / "mine")],
+        *([a, "--families", str(tmp_path)] for a in ("list", "path")),
+    ):
+        assert cli.main(["tasks", *arguments]) == 1
+        captured = capsys.readouterr()
+        said = captured.err + captured.out
+        assert "unknown noise 'rain'" in said
+        assert "has severities 1 to 5 (integers), got 6" in said
+        if arguments[0] == "list":
+            assert "block_vqav2" in captured.out
+        if arguments[0] == "path":  # what a shell puts behind --include_path
+            assert list(Path(captured.out.strip()).rglob("block_vqav2_fog_1.yaml"))
 
 
 def test_a_closed_pipe_is_no_error() -> None:

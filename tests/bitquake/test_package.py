@@ -72,13 +72,14 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
 
 
 def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
-    """Installed without its dependencies' big part, the wheel finds its YAML and templates (through this
-    environment's light libraries, which a .pth file lends it)."""
-    venv.create(tmp_path / "venv", with_pip=False)
+    """Installed by pip without its dependencies, the wheel finds its YAML and templates (through this environment's
+    light libraries, which a .pth file lends it)."""
+    venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel)]
+    done = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     import jinja2
 
     (site / "lent.pth").write_text(str(Path(jinja2.__file__).parents[1]) + "\n")
@@ -94,9 +95,17 @@ def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None
         "assert list(root.glob('templates/*.html*')), 'no templates'\n"
         "from bitquake.tasks.world.build import data_file; assert data_file('block_vqav2', 'test').is_file()\n"
         "assert 'torch' not in sys.modules\n"
+        "from importlib.metadata import entry_points\n"
+        "[ours] = [e for e in entry_points(group='lmms_eval.models', name='bitquake')"
+        " if Path(e.dist.locate_file('')).samefile(sys.argv[1])]\n"
+        "assert ours.load().__module__ == 'bitquake.plugin'\n"
     )
-    done = subprocess.run([str(python), "-I", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    command = [str(python), "-I", "-c", code, str(site)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    script = [str(tmp_path / "venv" / "bin" / "bitquake"), "quants", "list"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0 and "rtn-int4-g64" in done.stdout, done.stderr
 
 
 def test_every_package_folder_is_listed() -> None:

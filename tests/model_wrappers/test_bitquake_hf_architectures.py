@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
     Idefics3ImageProcessor,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -24,7 +29,11 @@ from transformers import (
 )
 
 from bitquake.envelope import decode
+from bitquake.model_wrappers.bitquake_hf import BitquakeHF
+from bitquake.model_wrappers.generation import GenerationRequest
 from bitquake.model_wrappers.loading import processed_sizes
+from bitquake.model_wrappers.samples import Sample
+from bitquake.model_wrappers.task_contract import TaskContract
 
 Load = Callable[..., Any]
 OURS = {"bitquake": {"envelope": True}}
@@ -144,6 +153,37 @@ def test_qwen2_vl_end_to_end(load: Load, tiny_qwen2_vl: Path, chat_task: Any, ra
     assert len({e.text for e in one}) > 5
     assert len({e.processed_sizes[0] for e in one if e.processed_sizes}) > 3
     assert max(e.confidence["first_token"] for e in one) < 0.9999  # sampling with top_k=1 would make every one 1.0
+
+
+def test_images_reach_the_processor_by_sample() -> None:
+    """LLaVA-OneVision cuts a sample's only image into patches, and leaves the images of a sample of several whole."""
+    words = ["<unk>", "<pad>", "</s>", "<image>", "<video>", "what"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size={"height": 32, "width": 32}, image_grid_pinpoints=[[32, 64], [64, 64]]),
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", padding_side="left",
+            additional_special_tokens=["<image>", "<video>"],
+        ),
+        LlavaOnevisionVideoProcessor(size={"height": 32, "width": 32}),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+    )  # fmt: skip
+    wrapper: Any = SimpleNamespace(processor=processor, _encode_lock=threading.Lock())
+    samples = [
+        Sample(
+            index, "task", TaskContract(), GenerationRequest(4),
+            prompt="<image> " * count + "what", images=[picture(60, 60) for _ in range(count)],
+        )
+        for index, count in enumerate((2, 1))
+    ]  # fmt: skip
+    both = BitquakeHF._encode(wrapper, samples)
+    assert both.exception is None
+    assert both.inputs["batch_num_images"].tolist() == [2, 1]
+    tokens = (both.inputs["input_ids"] == words.index("<image>")).sum(dim=1)
+    # 64x64 in patches: 8 rows of 8 tokens and a line end, beside the whole image; without: 16 and an end for each image
+    assert tokens.tolist() == [2 * (16 + 1), 16 + 8 * (8 + 1)]
 
 
 def test_pixel_bounds_reach_the_processor(load: Load, tiny_qwen2_vl: Path, chat_task: Any) -> None:

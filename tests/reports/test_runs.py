@@ -92,7 +92,7 @@ def test_sample_file_cut_short_by_a_kill(runs: Runs, folder: Path, cut: int) -> 
     [error] = errors(inputs)
     assert path.name in error
     assert " of 60 samples" in error
-    assert "--use_cache" in error
+    assert "run the same lmms-eval command again" in error
 
 
 def test_whole_lines_missing_are_noticed(runs: Runs, folder: Path) -> None:
@@ -148,6 +148,16 @@ def test_nothing_usable_is_one_error_that_lists_why(runs: Runs, folder: Path, tm
         read_runs([tmp_path / "results" / "artifacts"])
     with pytest.raises(RunError, match="no folder at all"):
         read_runs([])
+
+
+def test_a_file_that_cannot_be_read_costs_no_other(runs: Runs, folder: Path) -> None:
+    path = sample_file(folder, "block_vqav2_clean")
+    path.unlink()
+    path.mkdir()  # root may read any file, so that its mode cannot be what is wrong
+    inputs = read_runs([folder], runs.artifacts)
+    assert whole(inputs) == {"block_vqav2_fog_3"}
+    [error] = errors(inputs)
+    assert path.name in error and "cannot be read" in error
 
 
 def test_paths_that_are_no_folders(tmp_path: Path) -> None:
@@ -237,8 +247,11 @@ def test_failed_samples_are_counted_and_are_no_other_model(runs: Runs) -> None:
         return [r.model_copy(update=lost) if i in (4, 9) else r for i, r in enumerate(found)]
 
     inputs = read_runs([runs.write(INT4, [Task()], edit=fail)], runs.artifacts)
-    assert not inputs.problems
+    [problem] = inputs.problems
+    assert problem.level == "warning"
+    assert problem.what == "2 of 60 samples of block_vqav2_clean failed (envelope 2), such as: cut short"
     cell = cells(inputs)["block_vqav2_clean"]
+    assert not cell.damage and len(cell.answers) == 60
     assert cell.failures == {"envelope": 2}
     assert cell.failure_details == {"cut short": 2}
     assert sum(answer.confidence is None for answer in cell.answers.values()) == 2

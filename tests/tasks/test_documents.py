@@ -60,6 +60,13 @@ def test_rows_without_a_readable_image_are_clusters_of_their_own(rows: Rows) -> 
     assert [row["width"] for row in ready] == [None, None, None, 40]
 
 
+def test_rows_without_an_image_id_are_clusters_of_their_own(rows: Rows) -> None:
+    some = [row | {"image_id": None if i % 2 else row["image_id"]} for i, row in enumerate(rows(6))]
+    ready = prepare(dataset_of(some), COLUMNS, WHOLE, None, need_size=False)[IDS]
+    assert [row["image_id"] for row in ready[1::2]] == [f"none-{row['sample_id']}" for row in ready[1::2]]
+    assert len({row["image_id"] for row in ready[1::2]}) == 3
+
+
 def test_images_are_not_decoded(rows: Rows) -> None:
     made = rows(2)
     made[0]["image"] = {"bytes": b"broken", "path": None}

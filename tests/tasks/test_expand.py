@@ -180,3 +180,11 @@ def test_validate_names_every_problem(make_family, tmp_path: Path) -> None:  # t
     (other / "family.yaml").write_text("family: [")
     assert "not plain YAML" in catalog.validate(other)[0]
     assert "cannot be read" in catalog.validate(tmp_path / "nowhere.yaml")[0]
+
+
+def test_a_cache_cleaned_by_halves_is_made_again(tmp_path: Path) -> None:
+    first = builtin_index(cache=tmp_path)
+    (first.root / "index.json").unlink()
+    again = builtin_index(cache=tmp_path)
+    assert again.tasks.keys() == first.tasks.keys() and all(file.is_file() for file in again.tasks.values())
+    assert again.root.stat().st_mode & 0o055 == 0o055
