@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from .errors import ImageError
 
@@ -75,12 +77,38 @@ def _open(data: bytes) -> Image.Image:
         ) from error
 
 
+class _Decoding:
+    """How many threads decode now, and what ``LOAD_TRUNCATED_IMAGES`` was before the first of them began."""
+
+    lock = threading.Lock()
+    threads = 0
+    before = False
+
+
+@contextlib.contextmanager
+def _whole_images_only() -> Iterator[None]:
+    """Some programs (lmms-eval) tell Pillow to fill up files cut short with grey; here they are errors again."""
+    with _Decoding.lock:
+        if _Decoding.threads == 0:
+            _Decoding.before = ImageFile.LOAD_TRUNCATED_IMAGES
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+        _Decoding.threads += 1
+    try:
+        yield
+    finally:
+        with _Decoding.lock:
+            _Decoding.threads -= 1
+            if _Decoding.threads == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _Decoding.before
+
+
 def _from_pil(image: Image.Image) -> RGB:
     what = f"image: {image.format or 'PIL'} image, mode {image.mode}, {image.width}x{image.height} pixels"
     if image.width == 0 or image.height == 0:
         raise ImageError(f"{what}, is empty. Remove the row or fetch the image again.")
     try:
-        image.load()
+        with _whole_images_only():
+            image.load()
     except Exception as error:  # as above: OSError, SyntaxError, struct.error, zlib.error, ...
         raise ImageError(
             f"{what}, does not decode ({error}): the file is corrupt or cut short. Fetch it again."

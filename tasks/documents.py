@@ -9,19 +9,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageFile
+from PIL import Image
 
-from bitquake.noise import ImageError, load_rgb, pixel_hash
+from bitquake.noise import ImageError, pixel_hash
 
 from .families import Columns, FamilyError, Split, Subset
 
@@ -45,41 +41,6 @@ class EncodedImage(datasets.Image):  # type: ignore[misc]
                 return bytes(file.read())
         except Exception:  # a missing file is found out, and named, when the image is wanted
             return b""
-
-
-class _Decoding:
-    """How many threads decode now, and what ``LOAD_TRUNCATED_IMAGES`` was before the first of them began."""
-
-    lock = threading.Lock()
-    threads = 0
-    before = False
-
-
-@contextmanager
-def _whole_images_only() -> Iterator[None]:
-    """lmms-eval tells Pillow to fill up files that are cut short with grey; while this runs, they are errors again."""
-    with _Decoding.lock:
-        if _Decoding.threads == 0:
-            _Decoding.before = ImageFile.LOAD_TRUNCATED_IMAGES
-            ImageFile.LOAD_TRUNCATED_IMAGES = False
-        _Decoding.threads += 1
-    try:
-        yield
-    finally:
-        with _Decoding.lock:
-            _Decoding.threads -= 1
-            if _Decoding.threads == 0:
-                ImageFile.LOAD_TRUNCATED_IMAGES = _Decoding.before
-
-
-def decode(image: Any) -> npt.NDArray[np.uint8]:
-    """The RGB pixels of an image of a document, shape (H, W, 3).
-
-    Raises:
-        ImageError: the image is missing, corrupt or cut short.
-    """
-    with _whole_images_only():
-        return load_rgb(image)
 
 
 def keep_encoded(dataset: datasets.Dataset, column: str) -> datasets.Dataset:
@@ -176,7 +137,7 @@ def _image_hashes(images: Iterable[Any]) -> list[str]:
         file = hashlib.blake2b(image, digest_size=16).digest() if isinstance(image, bytes) else b""
         if file not in known:
             try:
-                known[file] = pixel_hash(decode(image))
+                known[file] = pixel_hash(image)
             except ImageError:
                 known[file] = ""
         out.append(known[file])

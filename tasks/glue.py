@@ -19,13 +19,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from bitquake.envelope import Envelope, EnvelopeError, decode
-from bitquake.noise import ImageError, NoiseSpec, SampleKey
+from bitquake.noise import ImageError, NoiseSpec, SampleKey, load_rgb
 from bitquake.records import RECORD_KEY, Failure, SampleRecord
 
 from . import aggregate
 from .contract import THRESHOLD, TaskContract
 from .documents import IDS, prepare, require_columns
-from .documents import decode as decode_image
 from .families import FamilyError, Split, Subset, fill
 from .scoring import TargetError, score_box, score_choice, score_vqa
 from .scoring.choice import LETTERS, correct_letter
@@ -92,7 +91,7 @@ class Task:
         if encoded is None and self.contract.text_only_rows:
             return []
         try:
-            pixels = decode_image(encoded)
+            pixels = load_rgb(encoded)
         except ImageError as error:
             raise ImageError(f"{error} (task {self.name}, sample {doc[IDS]['sample_id']})") from error
         if self.noise is not None:

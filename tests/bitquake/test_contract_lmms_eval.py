@@ -295,7 +295,6 @@ def test_tasks_list_shows_ours_with_no_flag(tmp_path: Path) -> None:
     assert "vqav2_clean" in listing and "mmbench_en_dev" in listing
 
 
-@pytest.mark.slow
 def test_the_tasks_command_sees_ours_by_include_path(root: Path, tmp_path: Path) -> None:
     """This subcommand writes the option with a hyphen, and does not load model plugins."""
     assert "block_vqav2_gaussian_noise_3" not in run_cli(["tasks", "list"], tmp_path)

@@ -143,14 +143,12 @@ def test_simple_evaluate(single: dict[str, Any], load: Any, random_docs: Any, ch
     assert single["throughput"]["avg_latency"] > 0
 
 
-@pytest.mark.slow
 def test_a_second_run_is_answered_from_the_cache(folder: Path, tiny_checkpoint: Path, single: dict[str, Any]) -> None:
     again = evaluate(folder, tiny_checkpoint, "again.json", cache=str(folder / "cache"))
     assert single["throughput"] and not again["throughput"]  # the model was not asked
     assert again["samples"] == single["samples"]
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_samples_of_one(folder: Path, tiny_checkpoint: Path, single: dict[str, Any]) -> None:
     double = evaluate(folder, tiny_checkpoint, "double.json", *LAUNCH_TWO)
     assert double["world_size"] == 2

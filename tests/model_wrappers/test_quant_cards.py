@@ -125,7 +125,7 @@ def test_full_precision_has_a_card_too() -> None:
     )
     assert card.modules == [] and card.nominal_bpw == card.effective_bpw == 16.0
     assert len(card.kept) == sum(isinstance(m, nn.Linear) for m in model.modules())
-    assert card.libraries.keys() == {"bitquake", "torch", "transformers"} and card.device == "cpu"
+    assert card.libraries.keys() == {"bitquake", "torch", "transformers", "lmms-eval"} and card.device == "cpu"
 
 
 def test_the_hqq_librarys_version_stands_in_the_card() -> None:

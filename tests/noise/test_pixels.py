@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from bitquake.noise import ImageError, load_rgb, pixel_hash
 
@@ -144,3 +145,27 @@ def test_hash_is_blake2b_of_the_shape_and_the_rgb_bytes(rgb: np.ndarray) -> None
     changed = rgb.copy()
     changed[5, 8, 2] ^= 1
     assert pixel_hash(changed) != expected
+
+
+def test_a_file_cut_short_is_an_error_whatever_others_told_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while several threads decode, and what the others told Pillow stays as it was."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval does when it is imported
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)).save(buffer, "PNG")
+    whole, cut = buffer.getvalue(), buffer.getvalue()[:100_000]
+    failed: list[bool] = []
+
+    def work(data: bytes) -> None:
+        for _ in range(10):
+            try:
+                load_rgb(data)
+            except ImageError:
+                failed.append(True)
+
+    threads = [threading.Thread(target=work, args=(data,)) for data in (whole, cut, whole, cut)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(failed) == 20
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
