@@ -42,8 +42,7 @@ class Envelope(BaseModel):
             processor does not tell.
         prompt_hash: blake2 hex of the templated prompt text.
         model_hash: hash of the weights as loaded and of the quantization spec (``QuantCard.model_hash``).
-        card: hash under which the quant card lies in the artifacts folder; "" at full precision is not allowed either,
-            full precision has a card of its own.
+        card: hash under which the quant card lies in the artifacts folder; a full-precision model has one too.
         model_type: architecture as transformers names it (``idefics3``, ``qwen2_vl``, …); decides how boxes are read.
         error: None, or why there is no answer (then ``text`` is "" and no confidence is given).
     """

@@ -391,7 +391,6 @@ def train(
     minutes: float | None = None,
     stop: int | None = None,
     save_every: int = 250,
-    bf16: bool = False,
 ) -> Path:
     """Train, or go on where ``folder`` stopped; writes the checkpoint to ``folder/model`` at every save.
 
@@ -441,14 +440,13 @@ def train(
                     rate_at(recipe, step, total) if stage == "speak" else min(1e-3, rate_at(recipe, step, total) * 2)
                 )
             batch = next(source)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-                features = trainee.encode(batch.pixels)
-                loss, seen = trainee.see_loss(features, batch.cells)
-                right = math.nan
-                if stage == "speak":
-                    blur = 1.0 if step < 0.6 * total else 0.5
-                    spoken, right = trainee.speak_loss(features, batch, number_ids, blur)
-                    loss = (recipe.focus_see_weight if step >= recipe.focus_from else recipe.see_weight) * loss + spoken
+            features = trainee.encode(batch.pixels)
+            loss, seen = trainee.see_loss(features, batch.cells)
+            right = math.nan
+            if stage == "speak":
+                blur = 1.0 if step < 0.6 * total else 0.5
+                spoken, right = trainee.speak_loss(features, batch, number_ids, blur)
+                loss = (recipe.focus_see_weight if step >= recipe.focus_from else recipe.see_weight) * loss + spoken
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)

@@ -346,7 +346,7 @@ def test_a_results_file_that_tells_no_number_of_samples(runs: Runs, folder: Path
     ("told", "shown"),
     [
         ("Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-7B-Instruct"),
-        ("/home/anna/models/tiny", "tiny"),
+        ("/data/models/tiny", "tiny"),
         ("../tiny/", "tiny"),
         ("~/x/tiny", "tiny"),
         ("./tiny", "tiny"),
