@@ -1,4 +1,4 @@
-"""What processing does to a picture: loss of contrast, and JPEG compression."""
+"""What processing does to a picture: loss of contrast, JPEG compression, and coarse pixels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, JpegImagePlugin
 
 from .errors import ImageError
@@ -17,7 +18,7 @@ from .seeding import RandomStream
 JPEG_MAX_SIDE = 65_500  # libjpeg's limit
 
 
-@image_noise(id=5, version=1, exactness="exact", parameters={"gain": (0.4, 0.3, 0.2, 0.1, 0.05)})
+@image_noise(id=5, version=1, exactness="exact", group="imagenet_c", parameters={"gain": (0.4, 0.3, 0.2, 0.1, 0.05)})
 def contrast(image: RGB, parameters: Mapping[str, float], stream: RandomStream) -> RGB:
     """Less contrast: out = (x - mean) gain + mean, with the mean of each channel over the picture.
 
@@ -32,7 +33,9 @@ def contrast(image: RGB, parameters: Mapping[str, float], stream: RandomStream) 
     return out
 
 
-@image_noise(id=6, version=1, exactness="build-dependent", parameters={"quality": (25, 18, 15, 10, 7)})
+@image_noise(
+    id=6, version=1, exactness="build-dependent", group="imagenet_c", parameters={"quality": (25, 18, 15, 10, 7)}
+)
 def jpeg_compression(image: RGB, parameters: Mapping[str, float], stream: RandomStream) -> RGB:
     """Written as a JPEG file and read back, with Pillow: colour at half resolution (4:2:0), standard tables.
 
@@ -51,3 +54,41 @@ def jpeg_compression(image: RGB, parameters: Mapping[str, float], stream: Random
     Image.fromarray(image).save(file, "JPEG", quality=int(parameters["quality"]))
     file.seek(0)
     return np.array(JpegImagePlugin.JpegImageFile(file))
+
+
+@image_noise(
+    id=19,
+    version=1,
+    exactness="exact",
+    group="imagenet_c",
+    parameters={"block": (1 / 0.6, 2.0, 2.5, 1 / 0.3, 4.0)},
+    spatial=("block",),
+)
+def pixelate(image: RGB, parameters: Mapping[str, float], stream: RandomStream) -> RGB:
+    """Coarse pixels: scaled down to 1 / block of each side by averaging, and up again without interpolation.
+
+    The small picture has int(side / block) pixels, at least 1; each is the mean of the pixels whose centres it covers.
+
+    Parameters: block, the side of a coarse pixel (spatial): 1 over ImageNet-C's factors. A block of up to one pixel, as
+    scaled mode has in pictures that are much smaller than 224 pixels, leaves the picture as it is.
+    As in ImageNet-C, whose Pillow filter BOX counts whole pixels too. Differs from ImageNet-C: means are rounded once,
+    where Pillow rounds across and then down.
+    """
+    if parameters["block"] <= 1:
+        return np.array(image)
+    rows, columns = (_cells(side, max(1, int(side / parameters["block"] + 1e-9))) for side in image.shape[:2])
+    (_, tops, heights), (_, lefts, widths) = (
+        np.unique(cells, return_index=True, return_counts=True) for cells in (rows, columns)
+    )
+    sums = np.add.reduceat(image, tops, axis=0, dtype=np.uint16 if heights.max() <= 257 else np.uint32)
+    sums = np.add.reduceat(sums, lefts, axis=1, dtype=np.uint32)
+    areas = (heights[:, None] * widths)[:, :, None].astype(np.uint32)
+    sums += areas // 2
+    sums //= areas
+    out: RGB = sums.astype(np.uint8).take(rows, axis=0).take(columns, axis=1)
+    return out
+
+
+def _cells(side: int, count: int) -> npt.NDArray[np.int64]:
+    """For each pixel of a side the one of ``count`` equal cells that its centre lies in; the later one on an edge."""
+    return (2 * np.arange(side, dtype=np.int64) + 1) * count // (2 * side)

@@ -1,4 +1,4 @@
-"""Noise of the sensor: Gaussian and shot noise, from integer quantile tables."""
+"""Noise of the sensor: Gaussian, shot, impulse and speckle noise, from integer tables."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .seeding import RandomStream
 
 Z_UNIT = 1 << 16  # fixed-point one of the normal quantile table
 FINE = 6  # bits of a 16-bit uniform number that only the second level of the Poisson table looks at
+FACTOR_BITS = 14  # fixed-point fraction of speckle noise's factors
 CHUNK = 1 << 16  # look-ups are done in chunks that stay in the processor's cache
 
 
@@ -39,7 +40,9 @@ def _gaussian_levels(sigma: float) -> npt.NDArray[np.int16]:
     return levels.astype(np.int16)
 
 
-@image_noise(id=1, version=1, exactness="exact", parameters={"sigma": (0.08, 0.12, 0.18, 0.26, 0.38)})
+@image_noise(
+    id=1, version=1, exactness="exact", group="imagenet_c", parameters={"sigma": (0.08, 0.12, 0.18, 0.26, 0.38)}
+)
 def gaussian_noise(image: RGB, parameters: Mapping[str, float], stream: RandomStream) -> RGB:
     """Additive Gaussian noise, independent per pixel and channel: out = clip(x + 255 sigma z), z ~ N(0, 1).
 
@@ -98,7 +101,7 @@ def _poisson_table(rate: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.uin
     return coarse.reshape(-1), np.stack(fine)
 
 
-@image_noise(id=2, version=1, exactness="exact", parameters={"rate": (60, 25, 12, 5, 3)})
+@image_noise(id=2, version=1, exactness="exact", group="imagenet_c", parameters={"rate": (60, 25, 12, 5, 3)})
 def shot_noise(image: RGB, parameters: Mapping[str, float], stream: RandomStream) -> RGB:
     """Photon noise, independent per pixel and channel: out = clip(255 N / rate), N ~ Poisson(rate x / 255).
 
@@ -124,3 +127,56 @@ def shot_noise(image: RGB, parameters: Mapping[str, float], stream: RandomStream
         counts[part] = count
     out: RGB = cv2.LUT(counts, levels).reshape(image.shape)
     return out
+
+
+@image_noise(
+    id=7, version=1, exactness="exact", group="imagenet_c", parameters={"amount": (0.03, 0.06, 0.09, 0.17, 0.27)}
+)
+def impulse_noise(image: RGB, parameters: Mapping[str, float], stream: RandomStream) -> RGB:
+    """Salt and pepper, independent per pixel and channel: white or black, each with probability amount / 2.
+
+    Parameters: amount, the share of the values that are replaced. None is spatial.
+    Differs from ImageNet-C: amount / 2 is rounded to a multiple of 2^-16. The values that one severity replaces, the
+    next one replaces by the same.
+    """
+    extreme = round(parameters["amount"] * 32768)
+    field = stream.uint16(image.size)
+    pixels = image.reshape(-1)
+    out = np.empty_like(pixels)
+    for start in range(0, pixels.size, CHUNK):
+        part = slice(start, start + CHUNK)
+        uniform = field[part]
+        np.multiply(pixels[part], uniform < 65536 - extreme, out=out[part])
+        out[part] |= np.negative((uniform < extreme).view(np.uint8))  # 0 or 255
+    return out.reshape(image.shape)
+
+
+@lru_cache(maxsize=16)
+def _speckle_factors(sigma: float) -> npt.NDArray[np.uint32]:
+    """max(0, 1 + sigma * z) for each of the 65,536 quantiles z, in units of 2^-14."""
+    factors: npt.NDArray[np.float64] = np.rint((normal_quantiles() * sigma + Z_UNIT) * ((1 << FACTOR_BITS) / Z_UNIT))
+    return factors.clip(0, None).astype(np.uint32)
+
+
+@image_noise(
+    id=8, version=1, exactness="exact", group="imagenet_c_extra", parameters={"sigma": (0.15, 0.2, 0.35, 0.45, 0.6)}
+)
+def speckle_noise(image: RGB, parameters: Mapping[str, float], stream: RandomStream) -> RGB:
+    """Multiplicative Gaussian noise, independent per pixel and channel: out = clip(x + sigma x z), z ~ N(0, 1).
+
+    Parameters: sigma, the standard deviation as a fraction of the value itself. None is spatial.
+    Differs from ImageNet-C: z is the normal quantile of a 16-bit uniform number (|z| <= 4.33), and the result is
+    rounded, not truncated, to 8 bits.
+    """
+    factors = _speckle_factors(parameters["sigma"])
+    field = stream.uint16(image.size)
+    pixels = image.reshape(-1)
+    out = np.empty_like(pixels)
+    for start in range(0, pixels.size, CHUNK):
+        part = slice(start, start + CHUNK)
+        noisy = factors[field[part]]
+        noisy *= pixels[part]
+        noisy += np.uint32(1 << (FACTOR_BITS - 1))
+        noisy >>= FACTOR_BITS
+        out[part] = np.minimum(noisy, 255, out=noisy)
+    return out.reshape(image.shape)

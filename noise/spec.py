@@ -5,23 +5,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from .errors import NoiseError
-from .registry import ImageNoise, Mode, apply, check_request, image_noises
+from .registry import Box, ImageNoise, Mode, Size
+from .request import apply, apply_text, check_request, move_box
 from .seeding import SampleKey
+from .text import TextNoise
 
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """Which corruption a task variant applies; two equal specs make equal pixels.
+    """Which noise a task variant applies; two equal specs make equal pixels, or equal words.
 
     Attributes:
-        name: one of :func:`image_noises`.
+        name: one of :func:`image_noises` or of :func:`text_noises`.
         severity: 1..5.
         seed: the suite's seed, at least 0.
         version: must be the version this release implements; None stands for it and is replaced by it.
-        mode: ``native`` or ``scaled``.
+        mode: ``native`` or ``scaled``; ``native`` for a text noise.
 
     Raises:
         NoiseError: any field is invalid.
@@ -67,18 +69,31 @@ class NoiseSpec:
         """The complete mapping, every key present, for YAML and records."""
         return asdict(self)
 
-    def noise(self) -> ImageNoise:
-        """The corruption itself: id, exactness, geometry, parameters, documentation."""
-        return image_noises()[self.name]
+    def noise(self) -> ImageNoise | TextNoise:
+        """The noise itself: id, exactness, geometry, parameters, documentation."""
+        return check_request(self.name, self.severity, self.seed, self.version, self.mode)
+
+    @property
+    def medium(self) -> Literal["image", "text"]:
+        """What the noise changes: the picture (``apply``) or the question (``apply_text``)."""
+        return "text" if isinstance(self.noise(), TextNoise) else "image"
 
     def apply(self, image: Any, key: SampleKey) -> Any:
-        """:func:`bitquake.noise.apply` with this spec."""
+        """:func:`bitquake.noise.apply` with this spec; NoiseError for a text noise."""
         return apply(
             image, self.name, severity=self.severity, key=key, mode=self.mode, seed=self.seed, version=self.version
         )
 
+    def apply_text(self, text: str, key: SampleKey) -> str:
+        """:func:`bitquake.noise.apply_text` with this spec; NoiseError for an image noise."""
+        return apply_text(text, self.name, severity=self.severity, key=key, seed=self.seed, version=self.version)
+
+    def move_box(self, box: Box, size: Size, key: SampleKey) -> tuple[Box, Size] | None:
+        """:func:`bitquake.noise.move_box` with this spec: where a box of a (width, height) picture goes."""
+        return move_box(
+            box, size, self.name, severity=self.severity, key=key, mode=self.mode, seed=self.seed, version=self.version
+        )
+
     def _check(self, where: str) -> None:
-        known = image_noises().get(self.name) if isinstance(self.name, str) else None
-        version = known.version if known and self.version is None else self.version
-        check_request(self.name, self.severity, self.seed, version, self.mode, where)
-        object.__setattr__(self, "version", version)
+        noise = check_request(self.name, self.severity, self.seed, self.version, self.mode, where)
+        object.__setattr__(self, "version", noise.version)

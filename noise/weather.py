@@ -57,6 +57,7 @@ def _uniform(stream: RandomStream, count: int, height: int, width: int, amplitud
     id=4,
     version=1,
     exactness="exact",
+    group="imagenet_c",
     parameters={"thickness": (1.5, 2.0, 2.5, 2.5, 3.0), "decay": (2.0, 2.0, 1.7, 1.5, 1.4), "wave": (256,) * 5},
     spatial=("wave",),
 )

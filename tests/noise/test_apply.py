@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ from bitquake.noise.registry import image_noise
 NOISES = list(image_noises())
 MODES = ("native", "scaled")
 SIZES = ((1, 1), (5, 7), (64, 64), (480, 640))
+IN_ORDER_OF_ID = """
+    gaussian_noise shot_noise defocus_blur fog contrast jpeg_compression impulse_noise speckle_noise gaussian_blur
+    glass_blur motion_blur zoom_blur snow frost spatter brightness saturate elastic_transform pixelate
+    low_light recompression down_up_scaling occlusion off_centre_crop rotation
+"""
+IDS = {name: number for number, name in enumerate(IN_ORDER_OF_ID.split(), 1)}  # part of the seeds: they never change
+MOVING = ("zoom_blur", "elastic_transform", "off_centre_crop", "rotation")
+BUILD_DEPENDENT = ("jpeg_compression", "recompression")
+UNEVEN = ("frost", "saturate", "elastic_transform", "pixelate")  # ImageNet-C's constants: errors need not rise in order
+CROPS = ("off_centre_crop",)  # the only corruptions whose result may be smaller than the picture
 GOLDENS = Path(__file__).with_name("goldens.json")
 any_noise = pytest.mark.parametrize("name", NOISES)
 call: Any = apply  # the tests pass modes as plain strings
@@ -50,6 +61,20 @@ def scene(height: int, width: int) -> np.ndarray:
     out[corner] = ((y * 16 // height + x * 16 // width) % 2 * 200 + 25)[corner][:, None]
     out += ((x * 7919 + y * 104729 + x * y * 31) % 17 - 8)[:, :, None]
     return out.clip(0, 255).astype(np.uint8)
+
+
+def keeps_its_promise_of_size(name: str, out: np.ndarray, image: np.ndarray) -> bool:
+    """The input's shape; a crop may cut, but neither grow nor leave nothing."""
+    if name not in CROPS:
+        return out.shape == image.shape
+    return out.ndim == 3 and out.shape[2] == 3 and all(1 <= a <= b for a, b in zip(out.shape, image.shape, strict=True))
+
+
+def damage(out: np.ndarray, image: np.ndarray) -> float:
+    """Mean squared error; of a crop, which has no pixel to pixel error, the percentage of the picture that is gone."""
+    if out.shape != image.shape:
+        return 100 * (1 - out.size / image.size)
+    return float(np.square(out - image.astype(float)).mean())
 
 
 def observed() -> dict[str, list[str]]:
@@ -116,7 +141,7 @@ def test_threads_do_not_change_a_byte(name: str) -> None:
         cv2.setNumThreads(before)
 
 
-@pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "fog"])
+@pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "fog"])
 def test_distinct_samples_get_independent_noise(name: str) -> None:
     grey = np.full((64, 64, 3), 128, np.uint8)
     fields = np.stack([apply(grey, name, severity=2, key=key(i)).ravel() for i in range(40)]).astype(float)
@@ -127,7 +152,9 @@ def test_distinct_samples_get_independent_noise(name: str) -> None:
         assert np.abs(pairs).max() < 0.05
 
 
-@pytest.mark.parametrize(("name", "least"), [("gaussian_noise", 0.98), ("shot_noise", 0.9), ("fog", 0.7)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("gaussian_noise", 0.98), ("shot_noise", 0.9), ("speckle_noise", 0.98), ("fog", 0.7)]
+)
 def test_severities_share_one_field(name: str, least: float) -> None:
     grey = np.full((64, 64, 3), 128, np.uint8)
     fields = [apply(grey, name, severity=s, key=key(0)).ravel().astype(float) for s in (1, 2, 3)]
@@ -140,16 +167,16 @@ def test_quality_falls_with_severity(name: str, mode: str) -> None:
     """Mean squared error rises from severity to severity, on average over samples, in both modes and at both sizes."""
     for image in (scene(64, 64), scene(240, 320)):
         errors = [
-            np.mean(
-                [
-                    np.square(call(image, name, severity=s, key=key(i), mode=mode) - image.astype(float)).mean()
-                    for i in range(16)
-                ]
-            )
+            np.mean([damage(call(image, name, severity=s, key=key(i), mode=mode), image) for i in range(16)])
             for s in SEVERITIES
         ]
-        assert errors[0] > 5 and errors == sorted(errors), errors
-        assert errors[4] > 1.5 * errors[0]
+        if name in UNEVEN:  # frost darkens more as it whitens, saturate first fades, elastic stretches and then ripples
+            assert max(errors) > 100, errors  # and scaled down to 64 pixels, all blocks but the largest are pixels
+            continue
+        # Scaled down to 64 pixels, glass blur's swaps stay whole pixels while its blur, which mends them, still grows.
+        slack = 0.95 if (name, mode) == ("glass_blur", "scaled") else 1
+        assert errors[0] > 5 and all(b >= slack * a for a, b in pairwise(errors)), errors
+        assert errors[4] > 1.4 * errors[0]  # ImageNet-C's own zoom blur reaches 1.44 on the larger picture
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,7 +195,7 @@ def test_any_size_keeps_shape_and_type_and_leaves_the_input_alone(
     before = image.copy()
     image.flags.writeable = False
     out = call(image, name, severity=severity, key=key(0), mode=mode, seed=seed)
-    assert out.dtype == np.uint8 and out.shape == image.shape
+    assert out.dtype == np.uint8 and keeps_its_promise_of_size(name, out, image)
     assert np.array_equal(image, before)
     assert out.flags.writeable and out.flags.c_contiguous and not np.shares_memory(out, image)
     assert np.array_equal(out, call(image, name, severity=severity, key=key(0), mode=mode, seed=seed))
@@ -178,7 +205,8 @@ def test_any_size_keeps_shape_and_type_and_leaves_the_input_alone(
 def test_extreme_shapes(name: str) -> None:
     for shape in ((1, 3000), (3000, 1), (2, 2), (1031, 9)):
         for mode in MODES:
-            assert call(scene(*shape), name, severity=5, key=key(0), mode=mode).shape == (*shape, 3)
+            image = scene(*shape)
+            assert keeps_its_promise_of_size(name, call(image, name, severity=5, key=key(0), mode=mode), image)
 
 
 @any_noise
@@ -186,7 +214,7 @@ def test_flat_pictures_stay_finite(name: str) -> None:
     for level in (0, 255):
         flat = np.full((20, 30, 3), level, np.uint8)
         out = apply(flat, name, severity=5, key=key(0))
-        if name in ("defocus_blur", "contrast", "jpeg_compression"):
+        if name.endswith("_blur") or name in ("contrast", "jpeg_compression"):
             assert np.array_equal(out, flat)
 
 
@@ -219,15 +247,19 @@ def test_no_image_no_noise(image: object) -> None:
 
 def test_every_corruption_declares_itself() -> None:
     noises = image_noises()
-    assert [n.id for n in noises.values()] == [1, 2, 3, 4, 5, 6]  # ids are part of the seeds: they never change
+    assert {name: noise.id for name, noise in noises.items()} == IDS
+    assert [noise.id for noise in noises.values()] == sorted(IDS.values())
     for name, noise in noises.items():
-        assert isinstance(noise, ImageNoise) and noise.name == name and noise.geometry == "preserved"
-        assert noise.exactness == ("build-dependent" if name == "jpeg_compression" else "exact")
+        assert isinstance(noise, ImageNoise) and noise.name == name
+        assert noise.geometry == ("changed" if name in MOVING else "preserved")
+        assert noise.exactness == ("build-dependent" if name in BUILD_DEPENDENT else "exact")
+        extra = name in ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+        assert noise.group == ("camera" if noise.id >= 20 else "imagenet_c_extra" if extra else "imagenet_c")
         assert len(noise.parameters) == 5
         for word in ("Parameters:", "ImageNet-C", "spatial", *noise.parameters[0]):
             assert word in noise.documentation
     noises.clear()
-    assert len(image_noises()) == 6  # the caller got a copy
+    assert len(image_noises()) == len(IDS)  # the caller got a copy
 
 
 def test_a_corruption_cannot_take_another_ones_name_or_id() -> None:
@@ -241,7 +273,7 @@ def test_a_corruption_cannot_take_another_ones_name_or_id() -> None:
 
     for corrupt, number, table in ((fog, 99, values), (sleet, 4, values), (sleet, 99, {"amount": (1.0, 2.0)})):
         with pytest.raises(ValueError, match=corrupt.__name__):
-            image_noise(id=number, version=1, exactness="exact", parameters=table)(corrupt)
+            image_noise(id=number, version=1, exactness="exact", group="imagenet_c", parameters=table)(corrupt)
     assert list(image_noises()) == NOISES
 
 

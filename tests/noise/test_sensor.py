@@ -1,4 +1,4 @@
-"""Gaussian and shot noise against SciPy's distributions."""
+"""Gaussian, shot, impulse and speckle noise against SciPy's distributions."""
 
 from __future__ import annotations
 
@@ -84,3 +84,47 @@ def test_shot_noise_has_poisson_mean_and_variance(level: int, severity: int) -> 
     fourth = ((values - mean) ** 4 * law.pmf(np.arange(400))).sum()
     assert abs(out.mean() - mean) <= 4 * np.sqrt(variance / out.size) + 0.01
     assert abs(out.var() - variance) <= 4 * np.sqrt(max(0, fourth - variance**2) / out.size) + 0.002 * variance
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_impulse_noise_makes_the_published_share_white_and_black(severity: int) -> None:
+    amount = (0.03, 0.06, 0.09, 0.17, 0.27)[severity - 1]
+    assert image_noises()["impulse_noise"].parameters[severity - 1] == {"amount": amount}
+    image = np.random.default_rng(severity).integers(1, 255, (300, 300, 3), dtype=np.uint8)
+    out = apply(image, "impulse_noise", severity=severity, key=KEY)
+    counts = [(out == 255).sum(), (out == 0).sum(), (out == image).sum()]
+    assert sum(counts) == out.size
+    assert stats.chisquare(counts, out.size * np.array([amount / 2, amount / 2, 1 - amount])).pvalue > 1e-3
+    changed = (out != image).reshape(-1, 3).T.astype(float)
+    assert np.abs(np.corrcoef(changed) - np.eye(3)).max() < 4 / np.sqrt(90_000)  # channels are hit independently
+
+
+def test_impulse_noise_keeps_from_severity_to_severity_what_it_has_replaced() -> None:
+    image = np.random.default_rng(0).integers(1, 255, (90, 80, 3), dtype=np.uint8)
+    before = image
+    for severity in SEVERITIES:
+        out = apply(image, "impulse_noise", severity=severity, key=KEY)
+        replaced = before != image
+        assert np.array_equal(out[replaced], before[replaced])
+        before = out
+
+
+@pytest.mark.parametrize("severity", SEVERITIES)
+def test_speckle_noise_is_the_pixel_times_the_normal_quantile_of_the_shared_field(severity: int) -> None:
+    sigma = (0.15, 0.2, 0.35, 0.45, 0.6)[severity - 1]
+    assert image_noises()["speckle_noise"].parameters[severity - 1] == {"sigma": sigma}
+    image = np.random.default_rng(severity).integers(0, 256, (90, 70, 3), dtype=np.uint8)
+    x = image.ravel().astype(float)
+    uniform = (RandomStream(5, KEY, 8).uint16(image.size) + 0.5) / 65536
+    exact = x + sigma * x * stats.norm.ppf(uniform)
+    out = apply(image, "speckle_noise", severity=severity, key=KEY, seed=5)
+    assert np.abs(out.ravel() - exact.clip(0, 255)).max() < 0.51
+    assert (out[image == 0] == 0).all()
+
+
+@pytest.mark.parametrize("level", [20, 60, 120])
+def test_speckle_noise_grows_with_the_pixel(level: int) -> None:
+    out = apply(np.full((200, 200, 3), level, np.uint8), "speckle_noise", severity=1, key=KEY).astype(float)
+    deviation = np.sqrt((0.15 * level) ** 2 + 1 / 12)  # of the noise and of rounding
+    assert abs(out.mean() - level) < 4 * deviation / np.sqrt(out.size)
+    assert abs(out.std() / deviation - 1) < 4 / np.sqrt(2 * out.size)

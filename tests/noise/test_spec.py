@@ -7,7 +7,17 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
-from bitquake.noise import NoiseError, NoiseSpec, SampleKey, apply, image_noises
+from bitquake.noise import (
+    GROUPS,
+    NoiseError,
+    NoiseSpec,
+    SampleKey,
+    apply,
+    apply_text,
+    image_noises,
+    noise_names,
+    text_noises,
+)
 
 FULL = {"name": "fog", "severity": 3, "seed": 4, "version": 1, "mode": "scaled"}
 
@@ -29,6 +39,33 @@ def test_spec_applies_what_it_says() -> None:
     assert not np.array_equal(ours, apply(image, "fog", severity=3, seed=5, mode="scaled", key=key))
 
 
+def test_a_spec_may_name_a_text_noise() -> None:
+    key = SampleKey("d", "s", "1")
+    spec = NoiseSpec.from_mapping({"name": "spoken", "severity": 5, "seed": 4})
+    assert spec.to_mapping() == {"name": "spoken", "severity": 5, "seed": 4, "version": 1, "mode": "native"}
+    assert spec.medium == "text" and spec.noise() is text_noises()["spoken"] and NoiseSpec("fog", 1).medium == "image"
+    question = "Where would the new boy wear their red hat to school?"
+    assert spec.apply_text(question, key) == apply_text(question, "spoken", severity=5, seed=4, key=key) != question
+    with pytest.raises(NoiseError, match=r"spoken is a text noise\. Use apply_text"):
+        spec.apply(np.zeros((4, 4, 3), np.uint8), key)
+    with pytest.raises(NoiseError, match="spoken is a text noise"):
+        spec.move_box((0, 0, 1, 1), (4, 4), key)
+    with pytest.raises(NoiseError, match=r"fog is an image noise\. Use apply for images; for text: keyboard_typos, "):
+        NoiseSpec("fog", 1).apply_text(question, key)
+
+
+def test_groups_hold_every_noise_once() -> None:
+    assert GROUPS == ("imagenet_c", "imagenet_c_extra", "camera", "text", "all")
+    parts = [name for group in GROUPS[:-1] for name in noise_names(group)]
+    assert sorted(parts) == sorted(noise_names("all")) == sorted([*image_noises(), *text_noises()])
+    assert noise_names("text") == list(text_noises()) and len(noise_names("text")) == 9
+    assert noise_names("camera") == [n for n, noise in image_noises().items() if 20 <= noise.id <= 25]
+    extra = {"speckle_noise", "gaussian_blur", "spatter", "saturate"}
+    assert set(noise_names("imagenet_c_extra")) == extra and len(noise_names("imagenet_c")) == 15
+    with pytest.raises(NoiseError, match=r"unknown group 'imagenet'\. Did you mean 'imagenet_c'"):
+        noise_names("imagenet")
+
+
 MISTAKES = {
     "no mapping": (["fog"], r"^vqa\.yaml: noise: expected a mapping"),
     "null": (None, "expected a mapping"),
@@ -38,7 +75,7 @@ MISTAKES = {
     ),
     "the list is shown": (
         {**FULL, "name": "rain"},
-        "Known: gaussian_noise, shot_noise, defocus_blur, fog, contrast, jpeg",
+        "Known: gaussian_noise, shot_noise, defocus_blur, fog, contrast, jpeg.*, keyboard_typos, ",
     ),
     "name of another type": ({**FULL, "name": ["fog"]}, "unknown noise"),
     "null name": ({**FULL, "name": None}, "unknown noise None"),
@@ -57,6 +94,8 @@ MISTAKES = {
     "seed true": ({**FULL, "seed": True}, r"noise\.seed"),
     "unknown mode": ({**FULL, "mode": "Native"}, r"noise\.mode: expected one of native, scaled, got 'Native'"),
     "mode of another type": ({**FULL, "mode": []}, r"noise\.mode"),
+    "scaled text": ({**FULL, "name": "spoken"}, r"noise\.mode: spoken is a text noise.*got 'scaled'.*native"),
+    "typo in a text noise": ({**FULL, "name": "word_dropp"}, "Did you mean 'word_drop'"),
 }
 
 
