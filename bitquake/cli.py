@@ -32,22 +32,85 @@ def _parser() -> argparse.ArgumentParser:
         "--common-samples", action="store_true", help="compare runs of different sample sets on what they share"
     )
 
-    tasks = commands.add_parser("tasks", help="the tasks that Bitquake adds to lmms-eval")
+    tasks = commands.add_parser("tasks", help="the tasks that Bitquake adds to lmms-eval, and new ones")
     actions = tasks.add_subparsers(dest="action", required=True, metavar="ACTION")
-    path = actions.add_parser("path", help="folder of the expanded YAML, for lmms-eval's --include_path")
+    path = actions.add_parser("path", help="folder of the expanded YAML (of one family: its folder in there)")
     listing = actions.add_parser("list", help="all families")
-    for action in (path, listing):
-        action.add_argument("--families", type=Path, nargs="*", default=[], help="folders of further families")
+    listing.add_argument("--all", action="store_true", help="every task with its tags")
+    show = actions.add_parser("show", help="one family or one task: prompt, dataset, split, noise, metrics")
+    show.add_argument("name")
+    show.add_argument("--yaml", action="store_true", help="the expanded YAML instead")
     export = actions.add_parser("export", help="write the expanded YAML to a folder")
     export.add_argument("folder", type=Path)
-    validate = actions.add_parser("validate", help="check a family YAML")
-    validate.add_argument("file", type=Path)
+    for action in (path, listing, show, export):
+        action.add_argument("--families", type=Path, nargs="*", default=[], help="folders of further families")
+    new = actions.add_parser("new", help="write a commented family file to edit")
+    new.add_argument("name", help="the family's name; tasks are called NAME_clean and so on")
+    new.add_argument("--protocol", default="vqa", help="vqa (default), choice, grounding, caption or retrieval")
+    new.add_argument("--extends", metavar="STOCK", help="take dataset, prompt and scorer of this task of lmms-eval")
+    new.add_argument("--out", type=Path, metavar="DIR", help="folder to write family.yaml to (default: ./NAME)")
+    check = actions.add_parser("check", help="check a family file, then try it on a few samples")
+    check.add_argument("--pretrained", default="bitquake/block-idefics3", help="model (default: %(default)s)")
+    check.add_argument("--samples", type=int, default=3, help="samples of each task tried; 0: none (default 3)")
+    validate = actions.add_parser("validate", help="check a family file (as check --samples 0)")
+    for action in (check, validate):
+        action.add_argument("file", type=Path)
+
+    config = commands.add_parser("config", help="your own families, and published splits as lists of ids")
+    actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("path", help="the configuration file")
+    actions.add_parser("show", help="what is set")
+    put = actions.add_parser("set", help="families DIR..., or split_ids FAMILY FILE")
+    unset = actions.add_parser("unset", help="families [DIR...], or split_ids [FAMILY...]")
+    for action in (put, unset):
+        action.add_argument("key", choices=("families", "split_ids"))
+        action.add_argument("values", nargs="*", metavar="VALUE")
+
+    data = commands.add_parser("data", help="datasets that are built on this machine, such as AdVQA")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="what is built")
+    prepare = actions.add_parser(
+        "prepare", help="build one from questions and answers in VQA's JSON format; NAME alone says what it needs"
+    )
+    prepare.add_argument("name", help="advqa, or a name of yours, for `dataset: {prepared: NAME}` in a family file")
+    prepare.add_argument("--questions", type=Path, metavar="FILE", help="JSON with `questions`")
+    prepare.add_argument("--annotations", type=Path, metavar="FILE", help="JSON with `annotations`, the answers")
+    prepare.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures")
+    prepare.add_argument("--split", default="validation", help="what the split is called (default: %(default)s)")
+    prepare.add_argument(
+        "--image-pattern", action="append", metavar="PATTERN", help="pictures' names (default: as COCO calls them)"
+    )
+    prepare.add_argument("--annotators", type=int, default=10, help="answers to each question (default 10)")
+    prepare.add_argument("--allow-missing", action="store_true", help="leave out what has no picture that decodes")
+    prepare.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: where tasks look for it)")
+    prepare.add_argument("--family", type=Path, metavar="DIR", help="write a family.yaml for it to this folder too")
 
     quants = commands.add_parser("quants", help="the quantizations that quant=NAME accepts")
     actions = quants.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="all named specs")
     show = actions.add_parser("show", help="one spec in full")
     show.add_argument("name")
+
+    noise = commands.add_parser("noise", help="what the image and text noises do: look at them, try them")
+    actions = noise.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="all noises")
+    show = actions.add_parser("show", help="one noise: what it computes, and its parameters at each severity")
+    show.add_argument("name")
+    corrupt = actions.add_parser("apply", help="write a corrupted copy of an image")
+    sheet = actions.add_parser("sheet", help="all noises at several severities as one picture")
+    for action in (corrupt, sheet):
+        action.add_argument("image", type=Path, help="an image file")
+        action.add_argument("--mode", choices=("native", "scaled"), default="native", help="(default: native)")
+        action.add_argument("--seed", type=int, default=0, help="seed of the noise (default 0)")
+        action.add_argument("--key", help="the sample's name, which also seeds the noise (default: the file's name)")
+    corrupt.add_argument("name", help="an image noise")
+    corrupt.add_argument("--severity", type=int, required=True, help="1 (mild) to 5")
+    corrupt.add_argument("--out", type=Path, required=True, help="image file to write")
+    sheet.add_argument("--out", type=Path, default=Path("sheet.png"), help="image file to write (default: sheet.png)")
+    sheet.add_argument("--severities", nargs="+", default=["1", "3", "5"], help="numbers, or all (default: 1 3 5)")
+    sheet.add_argument("--noises", nargs="+", help="noises or groups (default: all)")
+    sheet.add_argument("--question", help="what the text noises are shown on")
+    sheet.add_argument("--width", type=int, default=1280, help="pixels (default 1280)")
 
     commands.add_parser("doctor", help="versions, devices, backends: what works here and what does not")
 
@@ -63,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "--spread", type=float, default=0.0, help="with --export: sigma of the uneven channels (default 0)"
     )
     train.add_argument("--minutes", type=float, help="stop after this time; run again to go on")
-    train.add_argument("--stop", type=int, help="stop at this step of the second stage; run again to go on")
+    train.add_argument("--stop", type=int, help="stop at this step of the last stage; run again to go on")
     train.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     train.add_argument("--set", nargs="*", default=[], metavar="KEY=NUMBER", help="change entries of the recipe")
     return parser
@@ -106,26 +169,138 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _tasks(options: argparse.Namespace) -> int:
+    if options.action == "new":
+        from bitquake.tasks.scaffold import new_family
+
+        file = new_family(options.name, options.protocol, extends=options.extends, out=options.out)
+        print(f"{file}\nedit it, then: bitquake tasks check {file}")
+        return EXIT_OK
+    if options.action in ("check", "validate"):
+        samples = 0 if options.action == "validate" else options.samples
+        return _check(options.file, samples, getattr(options, "pretrained", ""))
     from tabulate import tabulate
 
     from bitquake.tasks import catalog
 
-    if options.action in ("path", "list"):
-        if options.action == "path":
-            print(catalog.tasks_path(options.families))
-        else:
-            print(tabulate(catalog.list_rows(options.families), headers="keys"))
-        problems = catalog.problems(options.families)
-        for problem in problems:
-            print(f"bitquake tasks: left out: {problem}", file=sys.stderr)
-        return EXIT_PROBLEM if problems else EXIT_OK
+    if options.action == "path":
+        print(catalog.tasks_path(options.families))
+    elif options.action == "list":
+        rows = catalog.task_rows(options.families) if options.all else catalog.list_rows(options.families)
+        print(tabulate(rows, headers="keys"))
     elif options.action == "export":
-        print(f"{catalog.export(options.folder)} tasks written to {options.folder}")
+        print(f"{catalog.export(options.folder, options.families)} tasks written to {options.folder}")
+    elif options.yaml:
+        print(catalog.task_yaml(options.name, options.families), end="")
     else:
-        problems = catalog.validate(options.file)
-        print("\n".join(problems) if problems else f"{options.file}: valid")
-        return EXIT_PROBLEM if problems else EXIT_OK
+        print(tabulate(catalog.show(options.name, options.families), tablefmt="plain", maxcolwidths=[None, 100]))
+    problems = catalog.problems(options.families)
+    for problem in problems:
+        print(f"bitquake tasks: left out: {problem}", file=sys.stderr)
+    return EXIT_PROBLEM if problems else EXIT_OK
+
+
+def _check(file: Path, samples: int, pretrained: str) -> int:
+    from bitquake.tasks import catalog
+
+    if samples < 0:
+        raise ValueError(f"--samples: give 0 or more, got {samples}")
+    problems = catalog.validate(file)
+    if problems:
+        print("\n".join(problems))
+        return EXIT_PROBLEM
+    print(f"{file}: valid")
+    if samples == 0 or catalog.is_expanded(file):
+        return EXIT_OK
+    from bitquake import dry_run
+    from bitquake.tasks.families import FAMILY_FILE, load_family
+
+    file = file / FAMILY_FILE if file.is_dir() else file
+    reason = dry_run.missing_data(load_family(file))
+    if reason is not None:
+        print(f"Not tried on samples: {reason}. What was checked: the file, its names, and its expanded tasks.")
+        return EXIT_OK
+    task = ""
+    for answered in dry_run.run(file, pretrained=pretrained, samples=samples):
+        record = answered.record
+        if answered.task != task:
+            task = answered.task
+            print(f"\n{task}")
+        confidence = "none" if record.primary is None else f"{record.primary:.3f} ({record.primary_confidence})"
+        failure = f"; failure: {record.failure_detail}" if record.failure else ""
+        print(f"  prompt      {answered.prompt!r}\n  answer      {record.text!r}, read as {record.answer!r}")
+        print(f"  target      {answered.target}\n  score       {record.score:g}, confidence {confidence}{failure}\n")
     return EXIT_OK
+
+
+def _config(options: argparse.Namespace) -> int:
+    from bitquake import config
+
+    if options.action == "path":
+        print(config.config_file())
+        return EXIT_OK
+    settings = config.load_config()
+    if options.action == "set" and options.key == "families":
+        settings = config.set_families(settings, [Path(value) for value in options.values])
+    elif options.action == "set":
+        if len(options.values) != 2:
+            raise ValueError(
+                "set split_ids: expected a family and a file, for example `set split_ids vqav2 lists.json`"
+            )
+        settings = config.set_split_ids(settings, options.values[0], Path(options.values[1]))
+    elif options.action == "unset":
+        settings = config.unset(settings, options.key, options.values)
+    if options.action != "show":
+        config.save_config(settings)
+    for folder in settings.families:
+        print(f"families   {folder}")
+    for family, file in settings.split_ids.items():
+        print(f"split_ids  {family}  {file}")
+    if not settings.families and not settings.split_ids:
+        print(f"nothing is set in {settings.file}")
+    return EXIT_OK
+
+
+def _data(options: argparse.Namespace) -> int:
+    from bitquake.tasks import prepare_vqa, scaffold
+    from bitquake.tasks.sources import listed
+
+    if options.action == "list":
+        from tabulate import tabulate
+
+        rows = prepare_vqa.built_datasets()
+        print(tabulate(rows, headers="keys") if rows else "nothing is built; `bitquake data prepare NAME` builds")
+        return EXIT_OK
+    given = {key: getattr(options, key) for key in ("questions", "annotations", "images")}
+    absent = [f"--{key}" + (f" ({path} is not there)" if path else "") for key, path in given.items() if not _is(path)]
+    if absent:
+        print(f"{prepare_vqa.needed(options.name)}\nNot given: {', '.join(absent)}", file=sys.stderr)
+        return EXIT_USAGE
+    built = prepare_vqa.prepare(
+        options.name,
+        options.questions,
+        options.annotations,
+        options.images,
+        split=options.split,
+        patterns=options.image_pattern or prepare_vqa.PATTERNS,
+        annotators=options.annotators,
+        allow_missing=options.allow_missing,
+        out=options.out,
+        progress=lambda line: print(line, file=sys.stderr),
+    )
+    print(f"{built.file}: {built.rows:,} questions on {built.images:,} pictures")
+    if built.left_out:
+        print(
+            f"left out: {built.left_out:,} questions, whose pictures are missing ({len(built.missing)}: "
+            f"{listed(built.missing) or 'none'}) or broken ({len(built.broken)}: "
+            f"{listed(built.broken) or 'none'})"
+        )
+    if options.family is not None:
+        print(scaffold.new_family(options.name, "vqa", prepared=options.split, out=options.family))
+    return EXIT_OK
+
+
+def _is(path: Path | None) -> bool:
+    return path is not None and path.exists()
 
 
 def _quants(options: argparse.Namespace) -> int:
@@ -138,6 +313,63 @@ def _quants(options: argparse.Namespace) -> int:
     else:
         print(catalog.describe_spec(options.name))
     return EXIT_OK
+
+
+def _noise(options: argparse.Namespace) -> int:
+    import inspect
+
+    from PIL import Image
+    from tabulate import tabulate
+
+    from bitquake import noise
+
+    if options.action == "list":
+        every = [*noise.image_noises().values(), *noise.text_noises().values()]
+        keys = ("name", "id", "version", "group", "exactness", "geometry")
+        print(tabulate([{key: getattr(one, key) for key in keys} for one in every], headers="keys"))
+        return EXIT_OK
+    if options.action == "show":
+        known = noise.NoiseSpec(options.name, 1).noise()
+        rows = [{"severity": severity, **known.parameters[severity - 1]} for severity in noise.SEVERITIES]
+        print(f"{known.name}: id {known.id}, version {known.version}, group {known.group}, {known.exactness},")
+        print(f"geometry {known.geometry}\n\n{inspect.cleandoc(known.documentation)}\n")
+        print(tabulate(rows, headers="keys"))
+        return EXIT_OK
+
+    from bitquake.noise.sheet import QUESTION, contact_sheet, save_image
+
+    key = noise.SampleKey("", "", options.key or options.image.name)
+    try:
+        image = Image.fromarray(noise.load_rgb(options.image.read_bytes()))
+    except noise.ImageError as error:
+        raise noise.ImageError(f"{options.image}: {error}") from error
+    if options.action == "apply":
+        out = noise.apply(image, options.name, severity=options.severity, key=key, mode=options.mode, seed=options.seed)
+    else:
+        out = contact_sheet(
+            image,
+            names=options.noises,
+            severities=_severities(options.severities),
+            mode=options.mode,
+            key=key,
+            seed=options.seed,
+            question=QUESTION if options.question is None else options.question,
+            width=options.width,
+        )
+    save_image(out, options.out)
+    print(options.out)
+    return EXIT_OK
+
+
+def _severities(written: Sequence[str]) -> list[int]:
+    from bitquake.noise import SEVERITIES
+
+    if list(written) == ["all"]:
+        return list(SEVERITIES)
+    wrong = [text for text in written if text not in map(str, SEVERITIES)]
+    if wrong:
+        raise ValueError(f"--severities: expected numbers from 1 to 5, or all, got {wrong[0]!r}.")
+    return [int(text) for text in dict.fromkeys(written)]
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -169,7 +401,10 @@ def _train(options: argparse.Namespace) -> int:
 _COMMANDS = {
     "report": _report,
     "tasks": _tasks,
+    "config": _config,
+    "data": _data,
     "quants": _quants,
+    "noise": _noise,
     "doctor": _doctor,
     "demo": _demo,
     "train-reference": _train,

@@ -20,8 +20,14 @@ QUANTS = ("full-precision", "rtn-int8-g64", "rtn-int4-g64", "rtn-int3-g64")
 TASKS = (
     "block_vqav2_threshold",
     "block_vqav2_clean",
-    *(f"block_vqav2_{noise}_{severity}" for noise in ("gaussian_noise", "contrast") for severity in (1, 3, 5)),
+    *(f"block_vqav2_{noise}_{severity}" for noise in ("gaussian_noise", "frost") for severity in (1, 3, 5)),
+    *(f"block_vqav2_{noise}_3" for noise in ("low_light", "keyboard_typos")),
     "block_advqa_clean",
+    "block_vizwiz_clean",
+    "block_refcocoplus_clean",
+    "block_refcocoplus_rotation_3",
+    "block_scienceqa_clean",
+    "block_coco_caption_clean",
 )
 _PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
 _DONE = "complete.json"

@@ -7,9 +7,9 @@ cached, logged or gathered from other ranks. So the wrappers put what belongs to
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 ENVELOPE_VERSION = 1
 _PREFIX = '{"bitquake_envelope":'
@@ -21,7 +21,8 @@ joint: product of the probabilities of the answer tokens and of the end-of-seque
 latter; geometric_mean: exp(mean log-probability); minimum: least token probability; first_token: probability of the
 first answer token; margin: first token's probability minus that of the runner-up.
 Further names: ``options`` (softmax over the option letters at the first answer position, probability of the chosen
-one), ``box_joint``, ``box_geometric_mean``, ``box_minimum`` (the coordinate tokens only).
+one), ``box_joint``, ``box_geometric_mean``, ``box_minimum`` (the coordinate tokens only), ``candidates`` (retrieval:
+softmax over the candidates' scores, probability of the first-ranked one).
 """
 
 
@@ -33,6 +34,8 @@ class Envelope(BaseModel):
         text: the decoded answer, special tokens removed.
         confidence: name -> probability in [0, 1], or None where it is not defined for this answer.
         option_probabilities: letter -> probability at the first answer position, softmax over the letters only.
+        candidate_scores: retrieval: summed log-probability (or matching score) of each candidate, in the row's order.
+        candidate_kind: ``log_probability``, or ``matching`` where a model's own image-text matching head gave them.
         entropy_first: entropy of the first answer token's distribution, in nats.
         n_tokens: number of generated tokens, end-of-sequence token included.
         truncated: True when generation stopped at the token limit, not at an end-of-sequence token.
@@ -53,6 +56,8 @@ class Envelope(BaseModel):
     text: str
     confidence: dict[str, float | None] = Field(default_factory=dict)
     option_probabilities: dict[str, float] | None = None
+    candidate_scores: list[float] | None = None
+    candidate_kind: Literal["log_probability", "matching"] | None = None
     entropy_first: float | None = None
     n_tokens: int = 0
     truncated: bool = False
@@ -96,7 +101,9 @@ def decode(text: str) -> Envelope:
                 "re-run the model with this version of bitquake, or read the run with the version that wrote it"
             )
         return Envelope.model_validate(payload)
-    except (json.JSONDecodeError, ValidationError) as error:
+    except EnvelopeError:
+        raise
+    except (ValueError, RecursionError) as error:  # no JSON, numbers or nesting past Python's limits, other fields
         raise EnvelopeError(
             f"response envelope is damaged ({error}); got {text[:80]!r}…; re-run this sample"
         ) from error

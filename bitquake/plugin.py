@@ -59,19 +59,21 @@ def add_tasks(index: dict[str, Any]) -> dict[str, Any]:
     """lmms-eval's task index with our tasks and tags in it.
 
     Raises:
-        TaskNameClash: a name of ours is in it already, and not for the very same file.
+        TaskNameClash: a name of ours is in it already, and not for the very same task.
     """
     from bitquake.tasks.expand import builtin_index
 
     ours = builtin_index()
     for problem in ours.problems:
         warnings.warn(f"bitquake: a task family is left out: {problem}", stacklevel=2)
+    shared: dict[tuple[Path, Path], bool] = {}
     for name, file in ours.tasks.items():
         present = index.get(name)
-        if present is not None and not _same_file(present, file):
+        if present is not None and not _same_task(present, file, shared):
             raise TaskNameClash(
                 f"task {name!r} of bitquake ({file}) has the name of a {present['type']} that is already known "
-                f"({present['yaml_path']}). Rename that one, or remove its folder from --include_path."
+                f"({present['yaml_path']}), which is another one, an edited copy perhaps. Rename that one, or remove "
+                "its folder from --include_path."
             )
         index[name] = {"type": "task", "yaml_path": str(file)}
     for tag, names in ours.tags.items():
@@ -87,13 +89,28 @@ def add_tasks(index: dict[str, Any]) -> dict[str, Any]:
     return index
 
 
-def _same_file(present: dict[str, Any], file: Path) -> bool:
-    """Whether an entry is our own file, found by --include_path too, there or in an exported copy."""
+def _same_task(present: dict[str, Any], file: Path, shared: dict[tuple[Path, Path], bool]) -> bool:
+    """Whether an entry is our own file, found by --include_path too, there or in an exported copy.
+
+    A task is its file and what all tasks of its folder share (``_base_yaml``, ``glue.py``, lists of sample ids).
+    shared: pair of folders -> whether they share the same; filled here.
+    """
     path = present["yaml_path"]
     if present["type"] != "task" or not isinstance(path, str):
         return False
     other = Path(path)
-    return other == file or (other.is_file() and other.read_bytes() == file.read_bytes())
+    if other == file:
+        return True
+    if not other.is_file() or other.read_bytes() != file.read_bytes():
+        return False
+    folders = (other.parent, file.parent)
+    if folders not in shared:
+        shared[folders] = all(
+            (there := other.parent / one.name).is_file() and there.read_bytes() == one.read_bytes()
+            for one in file.parent.iterdir()
+            if one.is_file() and one.suffix != ".yaml"
+        )
+    return shared[folders]
 
 
 class _WrapOnImport(importlib.abc.MetaPathFinder):

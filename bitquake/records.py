@@ -10,7 +10,8 @@ RECORD_VERSION = 1
 RECORD_KEY = "bitquake"
 """Key of the record in a line of lmms-eval's ``*_samples_*.jsonl`` (it is a metric of the task)."""
 
-Protocol = Literal["vqa", "choice", "grounding"]
+Protocol = Literal["vqa", "choice", "grounding", "caption", "retrieval", "stock"]
+"""``stock``: the scorer of the lmms-eval task that a family extends."""
 Failure = Literal["image", "question", "envelope", "model", "target"]
 """What made a sample fail: an unreadable image, an empty question, a damaged envelope, an error inside the model, or a
 reference answer that cannot be scored. A failed sample scores 0, has no confidence, and is counted by name."""
@@ -25,9 +26,13 @@ class SampleRecord(BaseModel):
             the registered task name.
         world: ``block`` for the offline block world, ``real`` otherwise; the two never share a table.
         dataset, split: dataset id or file stem, and split.
+        dataset_revision: what was read: the commit of a dataset of the hub, or the hash of the file ("" when unknown).
+        part: how the task's rows were chosen from the split, for people ("" for the whole split).
+        shift_from: the task that is in distribution for this one ("" where this one is itself): ``vqav2_clean``.
         sample_id, image_id: ids that the family declares; ``image_id`` is the cluster of the bootstrap.
         protocol: scoring protocol.
-        score: in [0, 1]; soft accuracy for ``vqa``, 0/1 for ``choice``, 1[IoU >= 0.5] for ``grounding``.
+        score: in [0, 1]; soft accuracy for ``vqa``, 0/1 for ``choice``, 1[IoU >= 0.5] for ``grounding``,
+            CIDEr-D / 10 for ``caption``, 1[true caption ranked first] for ``retrieval``.
         scores: further scores of the protocol (``strict``, ``lenient``, ``letter``, ``iou``, …), each in [0, 1].
         answer: parsed answer; text: the model's text.
         parse_failure: no answer of the expected form was found in the text (scored 0, counted).
@@ -47,6 +52,9 @@ class SampleRecord(BaseModel):
     world: Literal["block", "real"]
     dataset: str
     split: str
+    dataset_revision: str = ""
+    part: str = ""
+    shift_from: str = ""
     sample_id: str
     image_id: str
     protocol: Protocol

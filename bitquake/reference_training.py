@@ -6,9 +6,10 @@ throw-away heads).
 Stage ``speak``: the language model learns on whole scenes, few objects first. A picture is encoded once; the separate
 questions on it share its prefix through a block attention mask, so that none sees another's answer. Targets are one
 random annotator's answers, which is what makes the model's confidence mean something.
+Stage ``describe``: the same with fewer questions and with captions, which are learned last, at a lower learning rate.
 
-Only ``block_vqav2``, ``block_refcocoplus`` and ``block_scienceqa`` questions are trained; ``block_advqa`` and
-``block_vizwiz`` stay unseen: they are the shifts.
+Only ``block_vqav2``, ``block_refcocoplus`` and ``block_scienceqa`` questions and captions are trained; ``block_advqa``
+and ``block_vizwiz`` stay unseen: they are the shifts.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bitquake.model_wrappers.checkpoints import architecture
-from bitquake.tasks.world import questions, scenes, splits
+from bitquake.tasks.world import captions, questions, scenes, splits
 from bitquake.tasks.world.annotators import N_ANNOTATORS, perceive
 
 IGNORED = -100
@@ -57,6 +58,18 @@ class Recipe:
     see_steps: int = 1200
     see_images: int = 48
     speak_steps: int = 9000
+    speak_until: int = 6500
+    """Step of ``speak`` at which the next stage takes over; later, look-ups get better than the block world wants."""
+    describe_steps: int = 2000
+    describe_rate: float = 4e-4
+    describe_warmup: int = 100
+    describe_questions: int = 8
+    """Questions on a picture in this stage, of which ``describe_sciences`` about science."""
+    describe_sciences: int = 4
+    describe_captions: int = 4
+    """Annotators whose captions of a picture are learned, where it has few enough objects."""
+    caption_weight: float = 0.5
+    """Weight of a caption's word in the loss."""
     rate: float = 8e-4
     floor: float = 0.05
     warmup: int = 300
@@ -142,6 +155,18 @@ def _example(vocabulary: Vocabulary, prompt: str, answer: str, *, box_weight: fl
     return Example(vocabulary.ids(prompt + architecture.ASSISTANT), [*answer_ids, end], [*weights, 0.05])
 
 
+def caption_examples(scene: scenes.Scene, rng: random.Random, vocabulary: Vocabulary, recipe: Recipe) -> list[Example]:
+    """Captions of a scene by some of its annotators; none where it has too many objects, or one only."""
+    if not captions.MIN_OBJECTS <= len(scene.blocks) <= captions.MAX_OBJECTS:
+        return []
+    found = []
+    prompt = vocabulary.ids(captions.PROMPT + architecture.ASSISTANT)
+    for annotator in rng.sample(range(N_ANNOTATORS), recipe.describe_captions):
+        said = [*vocabulary.ids(captions.caption(scene, annotator)), vocabulary.tokenizer.eos_token_id]
+        found.append(Example(prompt, said, [recipe.caption_weight] * len(said)))
+    return found
+
+
 def box_text(block: scenes.Block) -> str:
     """A box as the reference model writes it: x1, y1, x2, y2 in pixels of the 64-pixel picture."""
     return "[{}, {}, {}, {}]".format(*block.box)
@@ -159,15 +184,27 @@ def _science_step(science: questions.ScienceQuestion, step: int, rng: random.Ran
 
 
 def examples(
-    scene: scenes.Scene, rng: random.Random, vocabulary: Vocabulary, recipe: Recipe, step: int
+    scene: scenes.Scene,
+    rng: random.Random,
+    vocabulary: Vocabulary,
+    recipe: Recipe,
+    step: int,
+    *,
+    describe: bool = False,
 ) -> list[Example]:
-    """Training examples about one scene: the recipe's number of referring and science ones, the rest VQA."""
+    """Training examples about one scene: the recipe's number of referring and science ones, the rest VQA.
+
+    ``describe`` adds captions; ``step`` is then one of stage ``describe``, else one of ``speak``.
+    """
+    if describe:
+        step += recipe.speak_until
     hard, focused = step >= recipe.hard_from, step >= recipe.focus_from
     box_weight = recipe.focus_box_weight if focused else recipe.box_weight
     makers = questions.VQA if hard else questions.VQA[:-4]
     found = []
     drilled = step >= recipe.drill_from
     sciences = recipe.drill_sciences if drilled else recipe.focus_sciences if focused else recipe.sciences
+    sciences = recipe.describe_sciences if describe else sciences
     for k in range(sciences):
         science = questions.science(scene, rng)
         if science is not None:
@@ -177,10 +214,10 @@ def examples(
         answer = box_text(scene.blocks[referral.target])
         found.append(_example(vocabulary, f"find : {referral.expression}", answer, box_weight=box_weight))
     seen = perceive(scene, rng.randrange(N_ANNOTATORS))
-    total = recipe.drill_questions if drilled else recipe.questions
+    total = recipe.describe_questions if describe else recipe.drill_questions if drilled else recipe.questions
     for question in questions.ask(makers, scene, rng, total - len(found)):
         found.append(_example(vocabulary, question.text, question.program(seen)))
-    return found
+    return found + caption_examples(scene, rng, vocabulary, recipe) if describe else found
 
 
 def cell_targets(scene: scenes.Scene) -> NDArray[np.int64]:
@@ -233,19 +270,21 @@ def batches(recipe: Recipe, vocabulary: Vocabulary, *, stage: str, start: int) -
     prefix = prefix_ids(vocabulary)
     step = start
     while True:
-        rng = random.Random(recipe.seed * 1_000_003 + step * 2 + (stage == "see"))
-        n_max = 6 if stage == "see" else 1 + sum(step >= at for at in recipe.ramp)
+        offset = {"see": 1, "speak": 0, "describe": 500_000}[stage]
+        rng = random.Random(recipe.seed * 1_000_003 + step * 2 + offset)
+        n_max = 1 + sum(step >= at for at in recipe.ramp) if stage == "speak" else 6
         count = recipe.see_images if stage == "see" else recipe.images
-        pictures, groups, cells = [], [], []
+        pictures, cells = [], []
+        groups: list[list[Example]] = []
         for _ in range(count):
             scene = scenes.sample_scene(splits.train_seed(rng), 1, n_max)
             picture = scenes.render(scene)
             pictures.append(spoil(picture, rng) if rng.random() < recipe.spoiled else picture)
             cells.append(cell_targets(scene))
-            if stage == "speak":
-                groups.append(examples(scene, rng, vocabulary, recipe, step))
-            else:
+            if stage == "see":
                 groups.append([])
+            else:
+                groups.append(examples(scene, rng, vocabulary, recipe, step, describe=stage == "describe"))
         packed = pack(prefix, groups)
         yield Batch(normalise(np.stack(pictures)), cells=torch.from_numpy(np.stack(cells)), **packed)
         step += 1
@@ -319,7 +358,8 @@ class Trainee(nn.Module):
         labels, weights = batch.labels[spoken], batch.weights[spoken]
         logits = self.model.lm_head(hidden[spoken]).float()
         each = functional.cross_entropy(logits, labels, reduction="none")
-        coordinate = (weights > 0.1) & (weights < 1.0)
+        number = (labels >= number_ids[0]) & (labels <= number_ids[-1])
+        coordinate = number & (weights > 0.1) & (weights < 1.0)
         if blur > 0 and coordinate.any():
             first = int(number_ids[0])
             each = each.clone()
@@ -338,15 +378,25 @@ def _coordinate_loss(logits: Tensor, places: Tensor, blur: float, *, offset: int
     return -(target * logs).sum(-1)
 
 
-def rate_at(recipe: Recipe, step: int, total: int) -> float:
-    """Linear warm-up, then constant, then a cosine fall in the last part."""
-    if step < recipe.warmup:
-        return recipe.rate * (step + 1) / recipe.warmup
+def rate_at(recipe: Recipe, step: int, stage: str) -> float:
+    """Learning rate: linear warm-up, then constant, then a cosine fall in the last part of the stage."""
+    total = {"see": recipe.see_steps, "speak": recipe.speak_steps, "describe": recipe.describe_steps}[stage]
+    rate, warmup = recipe.rate, recipe.warmup
+    if stage == "describe":
+        rate, warmup = recipe.describe_rate, recipe.describe_warmup
+    if stage == "see":  # never above 1e-3, and twice the rate otherwise
+        return min(1e-3, 2 * _fall(recipe, step, total, rate, warmup))
+    return _fall(recipe, step, total, rate, warmup)
+
+
+def _fall(recipe: Recipe, step: int, total: int, rate: float, warmup: int) -> float:
+    if step < warmup:
+        return rate * (step + 1) / warmup
     begin = recipe.decay_from * total
     if step < begin:
-        return recipe.rate
+        return rate
     share = min(1.0, (step - begin) / max(1.0, total - begin))
-    return recipe.rate * (recipe.floor + (1 - recipe.floor) * 0.5 * (1 + math.cos(math.pi * share)))
+    return rate * (recipe.floor + (1 - recipe.floor) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def _save(folder: Path, trainee: Trainee, optimiser: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
@@ -394,7 +444,7 @@ def train(
 ) -> Path:
     """Train, or go on where ``folder`` stopped; writes the checkpoint to ``folder/model`` at every save.
 
-    Stops after ``minutes``, at step ``stop`` of the second stage, or when the recipe's steps are done; resumable.
+    Stops after ``minutes``, at step ``stop`` of the last stage, or when the recipe's steps are done; resumable.
     Raises ValueError when ``folder`` was begun with another recipe.
     """
     processor = architecture.build_processor(questions.words())
@@ -424,29 +474,30 @@ def train(
         flush=True,
     )
 
-    for stage, total in (("see", recipe.see_steps), ("speak", recipe.speak_steps)):
+    goals = {
+        "see": recipe.see_steps,
+        "speak": min(recipe.speak_steps, recipe.speak_until),
+        "describe": recipe.describe_steps if stop is None else min(recipe.describe_steps, stop),
+    }
+    for stage in list(goals)[list(goals).index(progress["stage"]) :]:
+        goal = goals[stage]
         if progress["stage"] != stage:
-            if progress["stage"] == "see":
-                progress |= {"stage": stage, "step": 0}
-            else:
-                continue
+            progress |= {"stage": stage, "step": 0}
         window: list[tuple[float, ...]] = []
         source = ahead(batches(recipe, vocabulary, stage=stage, start=progress["step"]))
-        goal = min(total, stop) if stage == "speak" and stop is not None else total
         while progress["step"] < goal:
             step = progress["step"]
             for group in optimiser.param_groups:
-                group["lr"] = (
-                    rate_at(recipe, step, total) if stage == "speak" else min(1e-3, rate_at(recipe, step, total) * 2)
-                )
+                group["lr"] = rate_at(recipe, step, stage)
             batch = next(source)
             features = trainee.encode(batch.pixels)
             loss, seen = trainee.see_loss(features, batch.cells)
             right = math.nan
-            if stage == "speak":
-                blur = 1.0 if step < 0.6 * total else 0.5
+            if stage != "see":
+                blur = 1.0 if stage == "speak" and step < 0.6 * recipe.speak_steps else 0.5
                 spoken, right = trainee.speak_loss(features, batch, number_ids, blur)
-                loss = (recipe.focus_see_weight if step >= recipe.focus_from else recipe.see_weight) * loss + spoken
+                focused = stage == "describe" or step >= recipe.focus_from
+                loss = (recipe.focus_see_weight if focused else recipe.see_weight) * loss + spoken
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)

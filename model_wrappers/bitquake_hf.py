@@ -5,7 +5,8 @@
 The way of a request: worker threads read the document, corrupt its image and template its prompt (``samples``), one
 thread runs the processor over whole batches, and the caller's thread keeps the device busy. Answers are greedy from raw
 logits (``generation``), their confidences are gathered step by step (``confidence``), and both go into one envelope
-where the task's metadata asks for it (``task_contract``); any other task gets plain text.
+where the task's metadata asks for it (``task_contract``); any other task gets plain text. The samples of a retrieval
+task come with candidate captions, which are scored instead (``retrieval``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -53,13 +55,31 @@ from .confidence import (
 )
 from .generation import GenerationRequest, StopOnText, eos_ids, greedy_config
 from .journal import Journal, JournalAnswer, digest
-from .loading import commit, load_model, load_processor, processed_sizes, put_adapter_on, resolve_pretrained
+from .loading import (
+    commit,
+    load_model,
+    load_processor,
+    matches_captions,
+    processed_sizes,
+    put_adapter_on,
+    resolve_pretrained,
+)
 from .prefetch import prefetch
 from .quant_cards import artifacts_dir, build_card, store_card
 from .quantizers import load_spec
 from .quantizers.replace import quantize_model
+from .retrieval import (
+    CACHED,
+    AssistantTurn,
+    CaptionError,
+    MatchingPicture,
+    assistant_turn,
+    caption_tokens,
+    encode_prompt,
+    matching_tokens,
+)
 from .samples import Sample, prepare, prompt_hash
-from .task_contract import TaskContract
+from .task_contract import RETRIEVAL, TaskContract
 
 _WINDOW = 4
 """Batches whose samples are sorted by size together, once their images are known."""
@@ -71,6 +91,7 @@ _MIN_PROBE = 4
 class _Encoded:
     """A batch after the processor: its inputs (or what the processor raised) and the processed image sizes.
 
+    ``captions``: for retrieval, token ids of the candidates of the batch's one sample.
     ``key``: the batch's in the journal, "" when it does not belong there; ``known``: its answers, found there.
     """
 
@@ -78,6 +99,7 @@ class _Encoded:
     inputs: Any = None
     processed: list[list[tuple[int, int]]] = field(default_factory=list)
     exception: Exception | None = None
+    captions: list[list[int]] = field(default_factory=list)
     key: str = ""
     known: list[JournalAnswer] | None = None
 
@@ -95,6 +117,9 @@ class _Response:
 class BitquakeHF(lmms):  # type: ignore[misc]
     """A quantized Hugging Face image-text-to-text model for lmms-eval.
 
+    ``Blip2ForImageTextRetrieval`` checkpoints run too: they rank the captions of retrieval tasks by their image-text
+    matching head, and answer no other task.
+
     Args:
         pretrained: hub name, folder, or a shipped reference checkpoint (``bitquake/...``).
         quant: named quantization (``bitquake quants list``), possibly with overrides; ``none`` for full precision.
@@ -110,7 +135,9 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         dtype: ``bfloat16`` (default), ``float16`` or ``float32``, of everything that is not quantized.
         device: ``cuda``, ``cuda:1``, ``cpu``; default CUDA where there is one; ``accelerate launch`` sets it.
         device_map: spreads one model over devices (``auto``); not together with ``accelerate launch``.
-        batch_size: samples per batch. Answers do not depend on it beyond rounding (see the tests for the tolerance).
+        batch_size: samples per batch; in retrieval, candidate captions per chunk of one sample, each of which holds a
+            copy of the prompt's key-value cache. Answers do not depend on it beyond rounding (see the tests for the
+            tolerance).
         attn_implementation: ``sdpa``, ``eager``, ``flash_attention_2``; default the model's own.
         max_pixels, min_pixels: bounds on the processed image, for processors that have them.
         adapter: peft adapter (LoRA), put on top after quantization.
@@ -118,7 +145,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         revision: branch, tag or commit of ``pretrained``; config, processor and weights all come from it.
         max_new_tokens: goes before the task's own limit.
         workers: threads that load and corrupt images ahead of the device; 0 loads in the main thread.
-        use_cache: key-value cache in generation.
+        use_cache: key-value cache in generation; in retrieval, one encoding of picture and prompt for all candidates.
         max_batch_size: accepted because lmms-eval passes it; has no effect.
 
     Raises:
@@ -200,9 +227,13 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             )
         self._model = model
         self._config = model.config
-        self._generation_config = greedy_config(model, self._decoder)
-        model.generation_config = self._generation_config  # or generate() would fill our gaps from the shipped one
-        self._eos = eos_ids(self._generation_config)
+        self._matching = matches_captions(model)
+        self._turn = AssistantTurn("", None)
+        if not self._matching:
+            self._generation_config = greedy_config(model, self._decoder)
+            model.generation_config = self._generation_config  # or generate() would fill our gaps from the shipped one
+            self._eos = eos_ids(self._generation_config)
+            self._turn = assistant_turn(self.processor, self._eos)
         self._input_device = model.device if device_map is None else model.get_input_embeddings().weight.device
         self.model_hash, self.card_hash = self.card.model_hash, self.card.content_hash
         self._journal = _open_journal_folder(as_text("journal", journal), self.model_hash)
@@ -288,7 +319,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             "attention": self._config._attn_implementation,
             "batch size": self.batch_size,
             "use_cache": self._use_cache,
-            "generation": self._generation_config.to_json_string(),
+            "generation": None if self._matching else self._generation_config.to_json_string(),
+            "turn": [self._turn.before, self._turn.end],
             "processor": self.processor.to_json_string(),
             "tokenizer": backend.to_str() if backend is not None else self.tokenizer.get_vocab(),
         }
@@ -339,7 +371,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         """Answer every request, in the order given; a failed sample never costs another one.
 
         Raises:
-            ValueError: a task asks for sampling, or its metadata is malformed.
+            ValueError: a task asks for sampling, its metadata is malformed, or it is no retrieval task and the model
+                can only rank captions.
             RuntimeError: the first samples all fail alike in the model: something is wrong with the run, not with them.
         """
         groups = self._groups(requests)
@@ -425,7 +458,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         for index, request in enumerate(requests):
             _, doc_to_messages, gen_kwargs, _, task, split = request.args
             if (task, split) not in contracts:
-                contracts[task, split] = TaskContract.of(doc_to_messages, task)
+                contracts[task, split] = self._checked(TaskContract.of(doc_to_messages, task), task)
                 if unknown := GenerationRequest.unknown_keys(gen_kwargs):
                     self._warn_once(f"task {task!r}: generation_kwargs without meaning here are left out: {unknown}")
             limits = GenerationRequest.from_task(gen_kwargs, task, self._max_new_tokens)
@@ -435,11 +468,28 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             group.sort(key=lambda sample: (-len(requests[sample.index].args[0] or ""), sample.index))
         return list(groups.values())
 
+    def _checked(self, contract: TaskContract, task: str) -> TaskContract:
+        """The contract, if this model can keep it."""
+        if self._matching and contract.protocol != RETRIEVAL:
+            raise ValueError(
+                f"task {task!r}: {self.card.pretrained} ({type(self._model).__name__}) only ranks captions by its "
+                "image-text matching head, so it runs tasks of protocol 'retrieval'; this one's is "
+                f"{contract.protocol!r}. Give a generating model (Salesforce/blip2-opt-2.7b, say) for it."
+            )
+        scores_text = contract.protocol == RETRIEVAL and not self._matching
+        if scores_text and self._use_cache and self.config.model_type not in CACHED:
+            self._warn_once(
+                f"retrieval with {self.config.model_type!r}: its key-value cache is not proved to give the scores of "
+                "full passes, so every candidate is scored in a full pass"
+            )
+        return contract
+
     def _batches(self, groups: list[list[Sample]], prepared: Iterator[Sample]) -> Iterator[list[Sample]]:
         """Cut groups into batches of like samples; failed ones come along as a batch of their own."""
-        size = self.batch_size
-        window = size * _WINDOW if size > 1 else 1
         for group in groups:
+            # a sample with its candidates is a batch of its own
+            size = 1 if group[0].contract.protocol == RETRIEVAL else self.batch_size
+            window = size * _WINDOW if size > 1 else 1
             for at in range(0, len(group), window):
                 ready = list(islice(prepared, min(window, len(group) - at)))
                 # all cut before the first is yielded: an answered sample has no images any more
@@ -475,10 +525,16 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         try:
             with self._encode_lock:
                 inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt", **special)
+                captions = self._caption_tokens(samples[0]) if samples[0].candidates else []
             sizes = processed_sizes(self.processor, inputs, [sample.image_sizes for sample in samples])
         except Exception as error:  # kept for the main thread, which finds out which sample it is
             return _Encoded(samples, exception=error)
-        return _Encoded(samples, inputs, sizes)
+        return _Encoded(samples, inputs, sizes, captions=captions)
+
+    def _caption_tokens(self, sample: Sample) -> list[list[int]]:
+        if self._matching:
+            return matching_tokens(self.tokenizer, sample.candidates)
+        return caption_tokens(self.tokenizer, sample.prompt, sample.candidates, self._turn)
 
     def _respond(self, encoded: _Encoded) -> list[_Response]:
         """Answer a batch; when it fails, halve it until the failing samples stand alone."""
@@ -492,13 +548,13 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         try:
             if encoded.exception is not None:
                 raise encoded.exception
-            return self._generate(encoded)
+            return self._rank_captions(encoded) if samples[0].candidates else self._generate(encoded)
         except Exception as error:
-            if _device_is_lost(error):
-                raise
             out_of_memory = _is_out_of_memory(error)
+            if _device_is_lost(error) and not out_of_memory:
+                raise
             if len(samples) == 1:
-                samples[0].fail("model", error)
+                samples[0].fail("question" if isinstance(error, CaptionError) else "model", error)
                 samples[0].out_of_memory = out_of_memory
                 return [_Response(samples[0], self._failed(samples[0]))]
             if not out_of_memory:
@@ -507,12 +563,13 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         encoded.inputs = encoded.exception = None
         half = (len(samples) + 1) // 2
         if out_of_memory:
-            torch.cuda.empty_cache()
-            self._batch_limit = half
-            eval_logger.warning(
-                f"bitquake_hf: out of memory with a batch of {len(samples)}; going on with at most {half}"
-            )
+            self._limit_batches(len(samples), half)
         return self._in_parts(samples, half)
+
+    def _limit_batches(self, tried: int, limit: int) -> None:
+        torch.cuda.empty_cache()
+        self._batch_limit = limit
+        eval_logger.warning(f"bitquake_hf: out of memory with a batch of {tried}; going on with at most {limit}")
 
     def _in_parts(self, samples: list[Sample], size: int) -> list[_Response]:
         parts = (samples[at : at + size] for at in range(0, len(samples), size))
@@ -578,7 +635,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         log_prob: Floats = steps.log_prob[row]
         confidence = answer_confidences(log_prob, answer.n_answer, answer.n_end, float(steps.margin_first[row]))
         options = None
-        if sample.contract.protocol == "choice":
+        if sample.letters:
             forms = self._letter_forms(sample.contract)
             options = option_probabilities(tracked, {letter: forms[letter] for letter in sample.letters})
             chosen = chosen_letter(answer.text, sample.letters)
@@ -592,29 +649,87 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             entropy_first=float(steps.entropy_first[row]),
             n_tokens=answer.n_answer + answer.n_end,
             truncated=answer.truncated,
-            pixel_hash=sample.pixel_hashes,
-            image_sizes=sample.image_sizes,
-            processed_sizes=processed,
-            prompt_hash=prompt_hash(sample.prompt),
-            model_hash=self.model_hash,
-            card=self.card_hash,
-            model_type=self.config.model_type,
+            **self._seen(sample, processed),
         ).encode()
+
+    def _seen(self, sample: Sample, processed: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+        """What every envelope says of the model and of what it was shown."""
+        return {
+            "pixel_hash": sample.pixel_hashes,
+            "image_sizes": sample.image_sizes,
+            "processed_sizes": list(processed),
+            "prompt_hash": prompt_hash(sample.prompt) if sample.prompt else "",
+            "model_hash": self.model_hash,
+            "card": self.card_hash,
+            "model_type": self.config.model_type,
+        }
 
     def _failed(self, sample: Sample) -> str:
         """The response of a sample that has no answer: an envelope that says why, or nothing."""
         if not sample.contract.envelope:
             return ""
-        return Envelope(
-            text="",
-            pixel_hash=sample.pixel_hashes,
-            image_sizes=sample.image_sizes,
-            prompt_hash=prompt_hash(sample.prompt) if sample.prompt else "",
-            model_hash=self.model_hash,
-            card=self.card_hash,
-            model_type=self.config.model_type,
-            error=sample.error,
+        return Envelope(text="", error=sample.error, **self._seen(sample)).encode()
+
+    @torch.inference_mode()
+    def _rank_captions(self, encoded: _Encoded) -> list[_Response]:
+        """Score the candidate captions of one sample."""
+        (sample,) = encoded.samples
+        inputs = encoded.inputs.to(self._input_device, self.dtype)
+        entropy, log_probs = None, None
+        if self._matching:
+            picture = MatchingPicture(self._model, inputs["pixel_values"])
+            scores = self._in_chunks(picture.log_odds, encoded.captions)
+        else:
+            prompt = encode_prompt(self._model, inputs, use_cache=self._use_cache)
+            log_probs = self._in_chunks(prompt.log_probs, encoded.captions)
+            scores, entropy = [row.sum() for row in log_probs], prompt.entropy
+        values: Floats = np.array(scores, dtype=np.float64)
+        if not np.isfinite(values).all():
+            bad = int(np.isfinite(values).argmin())
+            raise FloatingPointError(
+                f"the score of candidate {bad} is not finite ({self.dtype}, quant {self.card.spec_name})"
+            )
+        best = int(values.argmax())  # of equal scores, the first
+        confidence: dict[str, float | None] = {}
+        n_tokens = 0
+        if log_probs is not None:
+            n_tokens, n_end = len(log_probs[best]), int(self._turn.end is not None)
+            confidence = answer_confidences(log_probs[best], n_tokens - n_end, n_end, margin_first=0.0)
+            confidence["margin"] = None  # the caption's first token is not the likeliest one
+        confidence["candidates"] = float(1 / np.exp(values - values[best]).sum())
+        text = Envelope(
+            text=sample.candidates[best],
+            confidence=confidence,
+            candidate_scores=values.tolist(),
+            candidate_kind="matching" if self._matching else "log_probability",
+            entropy_first=entropy,
+            n_tokens=n_tokens,
+            **self._seen(sample, encoded.processed[0]),
         ).encode()
+        n_input = 0 if self._matching else int(inputs["attention_mask"].sum())
+        return [_Response(sample, text, n_input, n_tokens)]
+
+    def _in_chunks(
+        self, score: Callable[[Sequence[Sequence[int]]], Iterable[Any]], captions: list[list[int]]
+    ) -> list[Any]:
+        """Scores of captions, at most ``batch_size`` at a time, like lengths together; fewer once memory runs out."""
+        waiting = sorted(range(len(captions)), key=lambda i: (-len(captions[i]), i))
+        found: dict[int, Any] = {}
+        while waiting:
+            chunk = waiting[: self._batch_limit]
+            scores = None
+            try:
+                scores = score([captions[i] for i in chunk])
+            except Exception as error:
+                if len(chunk) == 1 or not _is_out_of_memory(error):
+                    raise
+            # outside the except clause, where the error would keep the chunk's tensors alive
+            if scores is None:
+                self._limit_batches(len(chunk), (len(chunk) + 1) // 2)
+                continue
+            found.update(zip(chunk, scores, strict=True))
+            waiting = waiting[len(chunk) :]
+        return [found[i] for i in range(len(captions))]
 
     def _letter_forms(self, contract: TaskContract) -> dict[str, tuple[int, ...]]:
         if not contract.letters:
@@ -692,12 +807,14 @@ def _identity(sample: Sample, arguments: tuple[Any, ...]) -> list[Any]:
     """What decides a sample's answer, apart from model and neighbours."""
     _, _, _, doc_id, task, split = arguments
     contract = [sample.contract.envelope, sample.contract.protocol, sample.contract.letters, sample.letters]
-    seen = [prompt_hash(sample.prompt), sample.pixel_hashes]
+    seen = [prompt_hash(sample.prompt), sample.pixel_hashes, sample.candidates]
     return [task, str(split), str(doc_id), asdict(sample.request), contract, seen]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # the CPU's words, CUDA's own, and cuBLAS's when there is no room left for its workspace
+    words = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 def _device_is_lost(error: BaseException) -> bool:

@@ -75,19 +75,15 @@ _TOWER_AND_PROJECTOR = (
     Part("other", ("lm_head",)),
 )
 _T5 = (("SelfAttention", "EncDecAttention"), ("DenseReluDense",))
+_BLIP2_VISION = Part("vision", ("vision_model",), (Stack("vision_model.encoder.layers"),))
+_QFORMER = Stack(
+    "qformer.encoder.layer",
+    attention=("attention", "crossattention"),
+    mlp=("intermediate_query", "output_query", "intermediate", "output"),
+)
 _BLIP2 = (
-    Part("vision", ("vision_model",), (Stack("vision_model.encoder.layers"),)),
-    Part(
-        "connector",
-        ("qformer", "language_projection"),
-        (
-            Stack(
-                "qformer.encoder.layer",
-                attention=("attention", "crossattention"),
-                mlp=("intermediate_query", "output_query", "intermediate", "output"),
-            ),
-        ),
-    ),
+    _BLIP2_VISION,
+    Part("connector", ("qformer", "language_projection"), (_QFORMER,)),
     Part(
         "language",
         ("language_model",),
@@ -98,6 +94,11 @@ _BLIP2 = (
         ),
     ),
     Part("other", ("language_model.lm_head",)),
+)
+_BLIP2_RETRIEVAL = (
+    _BLIP2_VISION,
+    Part("connector", ("qformer",), (_QFORMER,)),
+    Part("other", ("itm_head", "vision_projection", "text_projection")),
 )
 
 ARCHITECTURES: dict[str, tuple[Part, ...]] = {
@@ -112,6 +113,8 @@ ARCHITECTURES: dict[str, tuple[Part, ...]] = {
     "blip-2": _BLIP2,
 }
 """``config.model_type`` -> its parts. Where two paths hold a module, the longer one counts."""
+HEADS: dict[str, tuple[Part, ...]] = {"Blip2ForImageTextRetrieval": _BLIP2_RETRIEVAL}
+"""Class of a model that shares its ``model_type`` with one of ``ARCHITECTURES`` and has other parts -> its parts."""
 
 
 def _within(name: str, path: str) -> bool:
@@ -171,7 +174,7 @@ def component_map(model: nn.Module) -> ComponentMap:
             f"under {', '.join(roots) or 'nothing'}; known architectures: {', '.join(ARCHITECTURES)}. To add it, name "
             "its vision, connector and language paths in model_wrappers/components.py (ARCHITECTURES)"
         )
-    parts = ARCHITECTURES[model_type]
+    parts = HEADS.get(type(model).__name__, ARCHITECTURES[model_type])
     if lacking := [part for part in parts if not any(path in modules for path in part.paths)]:
         raise ComponentMapError(
             f"component map of {model_type!r}: {type(model).__name__} has no "

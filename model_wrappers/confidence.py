@@ -29,10 +29,9 @@ import numpy.typing as npt
 import torch
 from transformers import LogitsProcessor
 
-Floats = npt.NDArray[np.float64]
+from bitquake.tasks.scoring.grounding import find_box
 
-_NUMBER = r"-?\d+(?:\.\d+)?"
-_BOX = re.compile(rf"({_NUMBER})" + rf"[\s,;:()\[\]{{}}<>|]+({_NUMBER})" * 3)
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def chosen_letter(text: str, letters: Sequence[str]) -> str | None:
 
 
 def box_confidences(text: str, ends: Sequence[int], log_prob: Floats) -> dict[str, float | None]:
-    """Confidences of the first box in a text: its first four numbers that only brackets, commas and spaces separate.
+    """Confidences of the first box in a text, the one that is scored (``bitquake.tasks.scoring.grounding.find_box``).
 
     ``box_joint`` is the product over the tokens that hold any character of a coordinate, ``box_geometric_mean`` their
     geometric mean, and ``box_minimum`` the least of the four coordinates' own products: a coordinate of three digit
@@ -233,14 +232,11 @@ def box_confidences(text: str, ends: Sequence[int], log_prob: Floats) -> dict[st
         log_prob: (>= len(ends),) log-probabilities of these tokens.
     """
     names = ("box_joint", "box_geometric_mean", "box_minimum")
-    found = _BOX.search(text)
+    found = find_box(text)
     if found is None:
         return dict.fromkeys(names)
     starts = [0, *ends[:-1]]
-    coordinates = []
-    for group in range(1, 5):
-        begin, end = found.span(group)
-        coordinates.append([i for i, at in enumerate(starts) if at < end and ends[i] > begin])
+    coordinates = [[i for i, at in enumerate(starts) if at < end and ends[i] > begin] for begin, end in found.spans]
     tokens = sorted({token for coordinate in coordinates for token in coordinate})
     values = (
         log_prob[tokens].sum(),

@@ -9,10 +9,21 @@ from typing import Any
 import torch
 import transformers
 from loguru import logger as eval_logger
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Blip2ForImageTextRetrieval
 
 REFERENCE_PREFIX = "bitquake/"
 """``pretrained`` names that begin like this are reference checkpoints shipped in the package."""
+_TEXTS = "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+_PLAIN_TEMPLATES = {
+    # places of pictures, then the texts as they stand; the processor adds the start token and the line end
+    "PaliGemmaProcessor": "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"
+    f"{{% for message in messages %}}{_TEXTS}{{% endfor %}}",
+    # the texts; the processor puts the query tokens before them; an answer goes on after a blank
+    "Blip2Processor": "{% for message in messages %}{% if message['role'] == 'assistant' %} {% endif %}"
+    f"{_TEXTS}{{% endfor %}}",
+}
+"""Prompts of processors whose published checkpoints come without a chat template, as their models were trained."""
 
 
 def resolve_pretrained(pretrained: str) -> str:
@@ -41,7 +52,7 @@ def load_processor(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> Any:
-    """The model's processor, padding on the left.
+    """The model's processor, padding on the left; PaliGemma's and BLIP-2's get a plain chat template if they have none.
 
     Args:
         min_pixels, max_pixels: bounds on width x height of the processed image, where the image processor knows them.
@@ -57,6 +68,8 @@ def load_processor(
             "bitquake_hf runs image-text-to-text models. Check that the folder holds the processor's files."
         )
     _bound_pixels(image_processor, pretrained, min_pixels=min_pixels, max_pixels=max_pixels)
+    if processor.chat_template is None:
+        processor.chat_template = _PLAIN_TEMPLATES.get(type(processor).__name__)
     if processor.chat_template is None:
         raise ValueError(f"pretrained={pretrained!r}: its processor has no chat template, so no prompt can be built.")
     processor.tokenizer.padding_side = "left"
@@ -95,6 +108,8 @@ def load_model(
 ) -> Any:
     """The model in evaluation mode, on its device or spread by ``device_map``.
 
+    A checkpoint whose config names ``Blip2ForImageTextRetrieval`` is loaded with its image-text matching head.
+
     Raises:
         ValueError: an architecture that transformers does not list as image-text-to-text, or an encoder-decoder.
     """
@@ -110,7 +125,9 @@ def load_model(
             "trust_remote_code=True."
         )
     optional = {"attn_implementation": attn_implementation, "device_map": device_map}
-    model = AutoModelForImageTextToText.from_pretrained(
+    matching = Blip2ForImageTextRetrieval.__name__ in (config.architectures or ())
+    loader = Blip2ForImageTextRetrieval if matching else AutoModelForImageTextToText
+    model = loader.from_pretrained(
         pretrained,
         revision=revision,
         dtype=dtype,
@@ -120,6 +137,11 @@ def load_model(
     if device_map is None:
         model = model.to(device)
     return model.eval()
+
+
+def matches_captions(model: Any) -> bool:
+    """True for a model with an image-text matching head and no language model: it ranks captions, nothing else."""
+    return isinstance(model, Blip2ForImageTextRetrieval)
 
 
 def commit(model: Any, revision: str | None) -> str:

@@ -16,6 +16,8 @@ from .generation import GenerationRequest
 from .task_contract import TaskContract
 
 _IMAGE_ERRORS = (ImageError, OSError, Image.DecompressionBombError)
+_ONLY_WITH_IMAGE = ("paligemma", "blip-2")
+"""``model_type``s that cannot take a prompt without a picture."""
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Sample:
     contract: TaskContract
     request: GenerationRequest
     letters: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
     prompt: str = ""
     images: list[Image.Image] = field(default_factory=list)
     pixel_hashes: list[str] = field(default_factory=list)
@@ -76,7 +79,8 @@ def prepare(
     """Read the document, build its messages (images are loaded and corrupted there), template the prompt.
 
     Runs in worker threads. A failure of this one sample is written on it, not raised: an image that is missing or does
-    not decode is ``image``, a ``ValueError`` (an empty question) ``question``, anything else ``model``.
+    not decode is ``image``, and so is one that the model cannot do without; a ``ValueError`` (an empty question, no
+    candidates) is ``question``, anything else ``model``.
 
     Args:
         arguments: (ctx, doc_to_messages, gen_kwargs, doc_id, task, split) of the request.
@@ -89,6 +93,7 @@ def prepare(
     try:
         doc = task_dict[task][split][doc_id]
         messages = doc_to_messages(doc)
+        sample.candidates = sample.contract.candidates(doc)
     except NoiseError:
         raise
     except _IMAGE_ERRORS as error:
@@ -105,7 +110,9 @@ def prepare(
         images, videos, audios = chat.extract_media()
         if videos or audios:
             raise ValueError("video and audio are not supported: bitquake_hf measures image tasks")
-        if sample.contract.protocol == "choice":
+        if not images and model_type in _ONLY_WITH_IMAGE:
+            raise ImageError(f"image: a {model_type} model answers about a picture, and this row has none")
+        if sample.contract.letters:
             sample.letters = sample.contract.question_letters(doc)
         for image in images:
             sample.images.append(image if _is_plain_rgb(image) else Image.fromarray(load_rgb(image)))

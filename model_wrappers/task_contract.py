@@ -6,9 +6,11 @@ models' ``generate`` and crash them, so what only our wrapper understands stands
     metadata:
       bitquake:
         envelope: true                  # answer with an envelope (bitquake.envelope), not with plain text
-        protocol: choice                # vqa | choice | grounding: which further confidences are wanted
+        protocol: choice                # vqa | choice | grounding | …: which further confidences are wanted; retrieval:
+                                        # candidates are scored, nothing is generated
         letters: [A, B, C, D, E]        # choice: option letters, at most
         options_field: choices          # choice: column of the document that holds this question's options
+        candidates_field: captions      # retrieval: column of the document that holds the candidate captions
         default_prompt: {pre_prompt: "", post_prompt: "\\nAnswer briefly."}   # as in lmms_eval_specific_kwargs
         prompts:                        # per model_type of transformers: what stands there instead
           qwen2_vl: {pre_prompt: "", post_prompt: "\\nAnswer with one word."}
@@ -20,7 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_KEYS = ("envelope", "protocol", "letters", "options_field", "default_prompt", "prompts")
+_KEYS = ("envelope", "protocol", "letters", "options_field", "candidates_field", "default_prompt", "prompts")
+RETRIEVAL = "retrieval"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class TaskContract:
     protocol: str | None = None
     letters: tuple[str, ...] = ()
     options_field: str | None = None
+    candidates_field: str | None = None
     default_prompt: Prompt = Prompt()
     prompts: Mapping[str, Prompt] = field(default_factory=dict)
 
@@ -60,14 +64,21 @@ class TaskContract:
         prompts = ours.get("prompts") or {}
         if not isinstance(prompts, Mapping):
             raise ValueError(f"{where}.prompts: expected a mapping from model_type to prompts, got {prompts!r}.")
+        if ours.get("protocol") == RETRIEVAL and not (ours.get("envelope") is True and ours.get("candidates_field")):
+            raise ValueError(
+                f"{where}: protocol retrieval needs envelope: true (scores travel in it) and candidates_field: the "
+                f"column of the candidate captions; got envelope {ours.get('envelope')!r} and candidates_field "
+                f"{ours.get('candidates_field')!r}."
+            )
         letters = tuple(ours.get("letters") or ())
         if not all(isinstance(letter, str) and letter for letter in letters) or len(set(letters)) != len(letters):
             raise ValueError(f"{where}.letters: expected distinct strings, got {ours.get('letters')!r}.")
         return cls(
             envelope=ours.get("envelope") is True,
             protocol=ours.get("protocol"),
-            letters=letters if ours.get("protocol") == "choice" else (),
+            letters=letters,
             options_field=ours.get("options_field"),
+            candidates_field=ours.get("candidates_field"),
             default_prompt=_prompt(ours.get("default_prompt"), f"{where}.default_prompt"),
             prompts={name: _prompt(prompt, f"{where}.prompts.{name}") for name, prompt in prompts.items()},
         )
@@ -87,6 +98,24 @@ class TaskContract:
         if n > len(self.letters):
             raise ValueError(f"options: {n} options but only {len(self.letters)} letters {self.letters}")
         return self.letters[:n]
+
+    def candidates(self, doc: Any) -> tuple[str, ...]:
+        """The document's candidate captions; none unless the protocol is retrieval.
+
+        Raises:
+            ValueError: the document lacks that field, or it is no list of texts, empty, or holds a blank one.
+        """
+        if self.protocol != RETRIEVAL or self.candidates_field is None:
+            return ()
+        try:
+            found = doc[self.candidates_field]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"candidates: the document has no field {self.candidates_field!r} ({error!r})") from error
+        if not isinstance(found, (list, tuple)) or not found:
+            raise ValueError(f"candidates: {self.candidates_field!r} must be a list of captions, got {found!r}")
+        if odd := [i for i, text in enumerate(found) if not isinstance(text, str) or not text.strip()]:
+            raise ValueError(f"candidates: {self.candidates_field!r}[{odd[0]}] is no caption: {found[odd[0]]!r}")
+        return tuple(found)
 
     def adapt(self, text: str, model_type: str) -> str:
         """A question with the default prompt around it -> with this model's prompt around it.

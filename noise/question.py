@@ -32,6 +32,8 @@ _READS_AS_NUMBER = re.compile(
     rf"(?<![A-Za-z])(?i:{_NUMBER_WORD}(?:(?:,? (?:and |point |a )?|-){_NUMBER_WORD})*)(?![A-Za-z])"
     rf"|(?<![A-Za-z]){_ROMAN}(?![A-Za-z])"
 )
+_FORM = r"(?:an?|one|two|three|(?:only|just) the)[ -](?:single |short |one[ -])?"  # of an answer
+_FORM += r"(?:word|phrase|number|digit|letter|sentence|integer)s?"
 _MARKER = r"(?:\([A-Z]\)|\[[A-Z]\]|[A-Z][.):])"
 
 _PROTECTED = (
@@ -53,6 +55,13 @@ _PROTECTED = (
     re.compile(
         r"(?<![A-Za-z])(?i:(?:answer|respond|reply) (?:only |briefly |directly )?(?:with|using|in) )[^\n.!?]*[.!?]?"
     ),
+    re.compile(  # the same in other words: "Keep your answer short.", "Give a one-word answer."
+        rf"(?:(?<=[.!?:;])|^)[ \t]*(?i:(?:please,? |and |then |now |just )*"
+        rf"(?:your|the final|give|provide|return|write|state|use|keep|limit)"
+        rf"(?![A-Za-z])[^\n.!?]{{0,200}}(?<![A-Za-z])(?:answers?|response|reply|{_FORM}))(?![A-Za-z])[^\n.!?]*[.!?]?",
+        re.MULTILINE,
+    ),
+    re.compile(rf"(?<![A-Za-z])(?i:(?:in|with|using|as) (?:only |just )?{_FORM})(?![A-Za-z])"),
 )
 _FIRST_OPTION, _SECOND_OPTION = (
     re.compile(rf"\({letter}\)|\[{letter}\]|(?<![A-Za-z]){letter}[.):]") for letter in "AB"
@@ -93,8 +102,8 @@ class Question:
 
     Never edited: numbers (digits, numerals of any script, English number words, Roman numerals), letters that stand
     alone and option letters ("(A)", "option C"), lists of options, quoted strings, URLs and addresses, placeholders
-    such as ``<image>``, sentences that say how to answer ("Answer with ..."), and all that is no letter: white space,
-    line breaks, punctuation, emoji.
+    such as ``<image>``, what says how to answer ("Answer with ...", "in one word"), and all that is no letter: white
+    space, line breaks, punctuation, emoji.
     """
 
     text: str

@@ -33,14 +33,11 @@ def noise_names(group: str) -> list[str]:
     return [name for name, noise in _all_noises().items() if group in ("all", noise.group)]
 
 
-def check_request(
-    name: Any, severity: Any, seed: Any, version: Any, mode: Any, where: str = "noise"
-) -> ImageNoise | TextNoise:
+def check_request(name: Any, severity: Any, seed: Any, version: Any, mode: Any) -> ImageNoise | TextNoise:
     """The noise that a request names, once every part of the request has been found valid.
 
     Args:
         version: None takes the current one.
-        where: what the messages begin with, for example the file and key the request came from.
 
     Raises:
         NoiseError: an unknown name or mode, a severity outside 1..5, a negative seed, another version than ours, or
@@ -48,22 +45,22 @@ def check_request(
     """
     noises = _all_noises()
     if not isinstance(name, str) or name not in noises:
-        raise NoiseError(f"{where}.name: unknown noise {name!r}. {_hint(name, noises)}Known: {', '.join(noises)}.")
+        raise NoiseError(f"noise.name: unknown noise {name!r}. {_hint(name, noises)}Known: {', '.join(noises)}.")
     noise = noises[name]
     if not _is_int(severity) or severity not in SEVERITIES:
-        raise NoiseError(f"{where}.severity: {name} has severities 1 to 5 (integers), got {severity!r}.")
+        raise NoiseError(f"noise.severity: {name} has severities 1 to 5 (integers), got {severity!r}.")
     if not _is_int(seed) or seed < 0:
-        raise NoiseError(f"{where}.seed: expected an integer of at least 0, got {seed!r}.")
+        raise NoiseError(f"noise.seed: expected an integer of at least 0, got {seed!r}.")
     if mode not in get_args(Mode):
-        raise NoiseError(f"{where}.mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}.")
+        raise NoiseError(f"noise.mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}.")
     if isinstance(noise, TextNoise) and mode != "native":
         raise NoiseError(
-            f"{where}.mode: {name} is a text noise and has no pixels to scale, got {mode!r}. "
+            f"noise.mode: {name} is a text noise and has no pixels to scale, got {mode!r}. "
             "Write mode: native, or leave it out."
         )
     if version is not None and (not _is_int(version) or version != noise.version):
         raise NoiseError(
-            f"{where}.version: this release implements {name} version {noise.version}, got {version!r}. "
+            f"noise.version: this release implements {name} version {noise.version}, got {version!r}. "
             f"Write version: {noise.version} for new runs; for the old output install the release that made it."
         )
     return noise

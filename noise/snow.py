@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from .fields import POSITION_BITS, LayerGrid, Positions, interpolated
+from .fields import FINEST_LAYER, POSITION_BITS, LayerGrid, Positions, interpolated
 from .motion import direction, smeared
 from .pixels import RGB
 from .registry import image_noise
@@ -90,6 +90,7 @@ def _flakes(grid: LayerGrid, parameters: Mapping[str, float], stream: RandomStre
     """The flakes before they move."""
     height, width = grid.shape
     zoom = parameters["zoom"] * grid.unit
+    zoom = max(zoom, min(1.0, math.sqrt(height * width / FINEST_LAYER)))  # a very narrow picture scaled down
     rows, columns = (_zoomed(side, zoom) for side in (height, width))
     size = math.ceil(height / zoom), math.ceil(width / zoom)
     z = normal_quantiles().take(stream.uint16(size[0] * size[1])).reshape(size)

@@ -36,7 +36,7 @@ class NoiseSpec:
     mode: Mode = "native"
 
     def __post_init__(self) -> None:
-        self._check("noise")
+        object.__setattr__(self, "version", self.noise().version)
 
     @classmethod
     def from_mapping(cls, mapping: Any, where: str = "noise") -> NoiseSpec:
@@ -93,7 +93,3 @@ class NoiseSpec:
         return move_box(
             box, size, self.name, severity=self.severity, key=key, mode=self.mode, seed=self.seed, version=self.version
         )
-
-    def _check(self, where: str) -> None:
-        noise = check_request(self.name, self.severity, self.seed, self.version, self.mode, where)
-        object.__setattr__(self, "version", noise.version)

@@ -107,6 +107,7 @@ def build(
             )
             for metric in METRICS.values()
         ],
+        scores=[numbers.scores[name] for name in sorted(numbers.scores)],
         runs=numbers.runs,
         cells=numbers.cells,
         summaries=numbers.summaries,

@@ -102,11 +102,13 @@ def risk_coverage_chart(
     return _svg(title, description, parts)
 
 
-def reliability_chart(title: str, description: str, bins: Sequence[BinEntry], style: int) -> Markup:
+def reliability_chart(
+    title: str, description: str, bins: Sequence[BinEntry], style: int, y_label: str = "accuracy, %"
+) -> Markup:
     """Mean score against mean confidence of each bin, with intervals, over a histogram of the counts."""
     frame = _Frame(0, 1, 0, 1, bottom=74)
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
-    parts = _grid(frame, [(tick, f"{100 * tick:.0f}") for tick in ticks], "accuracy, %")
+    parts = _grid(frame, [(tick, f"{100 * tick:.0f}") for tick in ticks], y_label)
     parts.append(_segment(frame.x(0), frame.y(0), frame.x(1), frame.y(1), "diagonal"))
     base, tallest = HEIGHT - _BOTTOM, 28.0
     most = max((entry.count for entry in bins), default=1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -28,7 +28,9 @@ from bitquake.metrics.bootstrap import Run as Resampling
 from bitquake.metrics.bootstrap import cluster_draws, interval, replicate
 from bitquake.metrics.calibration import bin_index
 from bitquake.metrics.samples import FloatArray, OrderedSamples
+from bitquake.noise import image_noises, text_noises
 from bitquake.quant_card import QuantCard
+from bitquake.reports import scores
 from bitquake.reports.pairing import Group, quantization_name, run_name, short_dtype
 from bitquake.reports.problems import Problem
 from bitquake.reports.runs import Cell, Run, public_name
@@ -40,6 +42,7 @@ from bitquake.reports.schema import (
     DifferenceEntry,
     Effect,
     RunEntry,
+    ScoreEntry,
     SummaryEntry,
     ValueEntry,
 )
@@ -48,6 +51,8 @@ LEVEL = 0.95
 BINS = 15
 CURVE_POINTS = 100
 SUMMARY_METRICS = ("accuracy", "aurc", "ece_15")
+PARSE_FAILURES = ""
+"""Stands beside the names of further scores, none of which is empty."""
 _DRAWS_AT_ONCE = 2**21
 
 
@@ -58,6 +63,7 @@ class Numbers:
     runs: list[RunEntry] = field(default_factory=list)
     cells: list[CellEntry] = field(default_factory=list)
     summaries: list[SummaryEntry] = field(default_factory=list)
+    scores: dict[str, ScoreEntry] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -92,30 +98,25 @@ def _compare_group(
 ) -> None:
     entries: list[CellEntry] = []
     conditions: dict[tuple[str, str], dict[str, _Condition]] = {}
-    thresholds = {
-        (cell.world, cell.family): (task, cells)
-        for task, cells in group.cells.items()
-        for cell in cells.values()
-        if cell.is_threshold
-    }
     for task, cells in group.cells.items():
         first = next(iter(cells.values()))
         if first.is_threshold:
             continue
         if progress:
             progress(f"{group.runs[0].label}: {task}")
-        _, threshold_cells = thresholds.get((first.world, first.family), ("", {}))
         paired = [
             run for run in group.runs if run.key in cells and (run.key, task) not in group.unpaired and group.twin
         ]
         alone = [run for run in group.runs if run.key in cells and run not in paired]
         for runs in ([paired] if paired else []) + [[run] for run in alone]:
             chosen = {run.key: cells[run.key] for run in runs}
-            fitting, notes = _thresholds(group, chosen, threshold_cells, numbers.problems)
+            fitting, notes = _thresholds(group, chosen, numbers.problems)
             values, condition = _evaluate(chosen, fitting, notes, replicates, seed)
+            further = _evaluate_scores(chosen, numbers.scores, replicates, seed)
             for run in runs:
-                entries.append(_cell_entry(group, run, cells[run.key], values[run.key], replicates, seed))
-            if len(runs) > 1 and condition is not None:
+                cell = cells[run.key]
+                entries.append(_cell_entry(group, run, cell, values[run.key], further[run.key], replicates, seed))
+            if len(runs) > 1 and condition is not None and not _repeats_subset(first, group):
                 conditions.setdefault((first.world, first.family), {})[task] = condition
     summaries = [
         summary
@@ -127,6 +128,11 @@ def _compare_group(
     position = {run_id(run): index for index, run in enumerate(order)}
     numbers.cells += sorted(entries, key=lambda cell: (cell.world, cell.family, cell.task, position[cell.run]))
     numbers.summaries += sorted(summaries, key=lambda s: (s.world, s.family, position[s.run]))
+
+
+def _repeats_subset(cell: Cell, group: Group) -> bool:
+    """A noise on the whole split counts in no mean that holds the same noise on the subset already."""
+    return cell.is_full and cell.task.removesuffix("_full") in group.cells
 
 
 def _order(group: Group, summaries: Sequence[SummaryEntry]) -> list[Run]:
@@ -152,17 +158,20 @@ def _samples(cell: Cell) -> Samples:
 
 
 def _thresholds(
-    group: Group, cells: Mapping[str, Cell], found: Mapping[str, Cell], problems: list[Problem]
+    group: Group, cells: Mapping[str, Cell], problems: list[Problem]
 ) -> tuple[dict[str, Samples], dict[str, str]]:
-    """Each run's samples of the threshold split, and for the runs without them why."""
+    """Each run's samples that its threshold is fitted on, and for the runs without them why."""
     cell = next(iter(cells.values()))
+    found = group.cells.get(cell.threshold_task, {})
     images = {answer.image_id for answer in cell.answers.values()}
     fitting: dict[str, Samples] = {}
     notes: dict[str, str] = {}
     for key in cells:
         threshold = found.get(key)
         if threshold is None:
-            notes[key] = f"no complete {cell.family}_threshold run"
+            notes[key] = f"no complete {cell.threshold_task} run"
+        elif (threshold.world, threshold.confidence_name) != (cell.world, cell.confidence_name):
+            notes[key] = f"{threshold.task} has another confidence: {threshold.confidence_name}"
         elif len(cells) > 1 and (key, threshold.task) in group.unpaired:
             notes[key] = f"{threshold.task} was refused as a pair"
         elif shared := images & {answer.image_id for answer in threshold.answers.values()}:
@@ -207,20 +216,70 @@ def _evaluate(
                 difference = _difference(
                     metric, clipped[r, m] - clipped[0, m], draws[r, m] - draws[0, m], samples.n_clusters
                 )
-            available = estimate.available
-            out[key][metric.key] = ValueEntry(
-                value=float(estimate.value) if available else None,
-                lo=lo if available else None,
-                hi=hi if available else None,
-                note=note,
-                caution=ranking_caution(metric.key, estimate) if available else "",
-                difference=difference,
-            )
+            out[key][metric.key] = _value(estimate, ranking_caution(metric.key, estimate), difference)
     if len(keys) < 2:
         return out, None
     chosen = [list(METRICS).index(name) for name in SUMMARY_METRICS]
     delta, spread = clipped[1:, chosen] - clipped[:1, chosen], draws[1:, chosen] - draws[:1, chosen]
     return out, _Condition(keys[1:], delta, spread, runs[0].samples.n_clusters)
+
+
+def _evaluate_scores(
+    cells: Mapping[str, Cell], known: dict[str, ScoreEntry], replicates: int, seed: int
+) -> dict[str, dict[str, ValueEntry]]:
+    """Run key -> the further scores of runs on the same samples, and under ``PARSE_FAILURES`` the rate of those.
+
+    Each is a mean over all samples with the intervals of ``accuracy``; the first run is the twin of the others.
+    """
+    held = {key: {name for answer in cell.answers.values() for name in answer.scores} for key, cell in cells.items()}
+    names = [PARSE_FAILURES, *scores.further(set().union(*held.values()))]
+    entries = [scores.describe(name) for name in names[1:]]
+    known |= {entry.key: entry for entry in entries}
+    better = [False, *(entry.higher_is_better for entry in entries)]
+    runs = [
+        Resampling(OrderedSamples(_further(cell, name), None, [a.image_id for a in cell.answers.values()]), None)
+        for name in names
+        for cell in cells.values()
+    ]
+    mean = METRICS["accuracy"]
+    values, draws = replicate(runs, [mean], replicates=replicates, seed=seed)
+    out: dict[str, dict[str, ValueEntry]] = {key: {} for key in cells}
+    for i, name in enumerate(names):
+        twin = i * len(cells)
+        for at, key in enumerate(cells, start=twin):
+            s = runs[at].samples
+            lo, hi, note = interval(values[at, 0], draws[at, 0], s.n_clusters, LEVEL, mean.bounds)
+            there = name == PARSE_FAILURES or name in held[key]
+            estimate = Estimate(
+                values[at, 0] if there else np.nan, lo, hi, s.n, s.n_clusters, 0, note if there else "no answer has it"
+            )
+            difference = None
+            if at > twin and there and names[i] in (PARSE_FAILURES, *held[next(iter(cells))]):
+                metric = replace(mean, higher_is_better=better[i])
+                delta, spread = values[at, 0] - values[twin, 0], draws[at, 0] - draws[twin, 0]
+                difference = _difference(metric, delta, spread, s.n_clusters)
+            out[key][name] = _value(estimate, "", difference)
+    return out
+
+
+def _further(cell: Cell, name: str) -> list[float]:
+    """One further score of each sample: 0 where it failed or has none."""
+    if name == PARSE_FAILURES:
+        return [float(answer.parse_failure) for answer in cell.answers.values()]
+    return [answer.scores.get(name, 0.0) for answer in cell.answers.values()]
+
+
+def _value(estimate: Estimate, caution: str, difference: DifferenceEntry | None) -> ValueEntry:
+    if not estimate.available:
+        return ValueEntry(value=None, lo=None, hi=None, note=estimate.note, difference=difference)
+    return ValueEntry(
+        value=float(estimate.value),
+        lo=float(estimate.lo),
+        hi=float(estimate.hi),
+        note=estimate.note,
+        caution=caution,
+        difference=difference,
+    )
 
 
 def _difference(metric: Metric, delta: float, draws: FloatArray, n_clusters: int) -> DifferenceEntry | None:
@@ -273,12 +332,20 @@ def _summarise(group: Group, world: str, family: str, by_task: Mapping[str, _Con
 
 
 def _cell_entry(
-    group: Group, run: Run, cell: Cell, metrics: dict[str, ValueEntry], replicates: int, seed: int
+    group: Group,
+    run: Run,
+    cell: Cell,
+    metrics: dict[str, ValueEntry],
+    further: dict[str, ValueEntry],
+    replicates: int,
+    seed: int,
 ) -> CellEntry:
     samples = _samples(cell)
     score, confidence = np.asarray(samples.score), np.asarray(samples.confidence)
     present = confidence[~np.isnan(confidence)]
     noise = cell.noise or {}
+    shared = {name for other in group.cells[cell.task].values() for a in other.answers.values() for name in a.scores}
+    headline = scores.headline(cell.protocol, sorted(shared))
     reason = group.unpaired.get((run.key, cell.task), "" if group.twin else group.refused)
     return CellEntry.model_validate(
         {
@@ -289,7 +356,17 @@ def _cell_entry(
             "task": cell.task,
             "kind": "noise" if noise else "clean" if cell.variant == "clean" else "shift",
             "noise": str(noise.get("name", cell.variant)) if noise else "",
+            "noise_group": noise_group(str(noise.get("name", ""))) if noise else "",
             "severity": _severity(noise),
+            "full": cell.is_full,
+            "dataset": public_name(cell.dataset),
+            "split": cell.split,
+            "part": cell.part,
+            "shift_from": cell.shift_from,
+            "threshold_task": cell.threshold_task,
+            "protocol": cell.protocol,
+            "headline": headline.title,
+            "headline_unit": headline.unit,
             "pairing": "twin" if run is group.twin else "unpaired" if reason else "paired",
             "reason": reason,
             "common": group.common.get(cell.task, "") if not reason else "",
@@ -302,12 +379,22 @@ def _cell_entry(
             "parse_failures": cell.parse_failures,
             "truncated": cell.truncated,
             "metrics": metrics,
+            "scores": {name: value for name, value in further.items() if name != PARSE_FAILURES},
+            "parse_failure_rate": further[PARSE_FAILURES],
             "chance_ece": expected_ece_if_calibrated(present, bins=BINS) if present.size else None,
             "curve": _curve(score, confidence),
             "bins": _bins(samples, replicates, seed),
             "source": cell.source,
         }
     )
+
+
+def noise_group(name: str) -> str:
+    """``imagenet_c``, ``imagenet_c_extra``, ``camera`` or ``text``; ``other`` for a noise of another release."""
+    if name in text_noises():
+        return "text"
+    known = image_noises().get(name)
+    return known.group if known else "other"
 
 
 def _severity(noise: Mapping[str, str | int]) -> int:

@@ -9,13 +9,14 @@ import json
 from tabulate import tabulate
 
 from bitquake.reports import formatting
-from bitquake.reports.schema import CellEntry, DifferenceEntry, Report, ValueEntry
+from bitquake.reports.schema import CellEntry, DifferenceEntry, Report, Unit, ValueEntry
 from bitquake.reports.views import OVERVIEW_METRICS, WORLDS, Arrangement, FamilyView, RowGroup
 
 CSV_COLUMNS = (
     *("model", "quantization", "run", "twin", "execution", "nominal_bpw", "effective_bpw"),
-    *("world", "family", "variant", "task", "noise", "severity", "pairing"),
-    *("metric", "unit", "value", "lo", "hi", "n", "n_clusters"),
+    *("world", "family", "variant", "task", "noise", "noise_group", "severity", "pairing"),
+    *("dataset", "split", "part", "shift_from", "threshold_task", "protocol"),
+    *("metric", "title", "unit", "value", "lo", "hi", "n", "n_clusters"),
     *("delta", "delta_lo", "delta_hi", "verdict", "effect", "note"),
 )
 _SYMBOLS = {"better": "+", "worse": "!", "tied": "≈", "changed": "~"}
@@ -33,16 +34,25 @@ def json_schema() -> str:
 
 
 def to_csv(report: Report) -> str:
-    """One row per run, task and metric; numbers are fractions at full precision, empty where there is none."""
+    """One row per run, task and metric, then one per further score: ``score.<name>``, and ``parse_failure_rate``.
+
+    Numbers are fractions at full precision, empty where there is none; ``title`` says what they are called.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     runs = {run.id: run for run in report.runs}
-    units = {metric.key: metric.unit for metric in report.metrics}
+    defined = {metric.key: metric for metric in report.metrics}
+    titles = {score.key: score.title for score in report.scores}
     for cell in report.cells:
         run = runs[cell.run]
         card = run.card
-        for key, value in cell.metrics.items():
+        rows = [(key, defined[key].title, defined[key].unit, value) for key, value in cell.metrics.items()]
+        headline = f"{cell.headline} / 10" if cell.headline_unit == "tenths" else cell.headline
+        rows = [(key, headline if key == "accuracy" else title, unit, value) for key, title, unit, value in rows]
+        rows.append(("parse_failure_rate", "Not parsed", "percent", cell.parse_failure_rate))
+        rows += [(f"score.{name}", titles[name], "percent", value) for name, value in cell.scores.items()]
+        for key, title, unit, value in rows:
             d = value.difference
             writer.writerow(
                 [
@@ -55,7 +65,9 @@ def to_csv(report: Report) -> str:
                     ),
                     *(_number(card.nominal_bpw if card else None), _number(card.effective_bpw if card else None)),
                     *(cell.world, _text(cell.family), _text(cell.variant), _text(cell.task), _text(cell.noise)),
-                    *(cell.severity or "", cell.pairing, key, units[key]),
+                    *(cell.noise_group, cell.severity or "", cell.pairing),
+                    *map(_text, (cell.dataset, cell.split, cell.part, cell.shift_from, cell.threshold_task)),
+                    *(cell.protocol, _text(key), _text(title), unit),
                     *(_number(value.value), _number(value.lo), _number(value.hi), cell.n, cell.n_clusters),
                     *((_number(d.delta), _number(d.lo), _number(d.hi), d.verdict, d.effect) if d else ("",) * 5),
                     _text(value.note),
@@ -72,16 +84,19 @@ def terminal_table(report: Report) -> str:
         for family in world.families:
             parts += [_model_table(view, world.key, family, group) for group in family.main.groups]
     marks = ", ".join(f"{_SYMBOLS[effect]} {effect}" for effect in ("better", "worse", "tied"))
-    parts.append(f"Percent; changes against the full-precision twin in points, with 95 % intervals. {marks}.")
+    percent = "Percent (CIDEr-D as published)" if any(c.headline_unit == "tenths" for c in report.cells) else "Percent"
+    parts.append(f"{percent}; changes against the full-precision twin in points, with 95 % intervals. {marks}.")
     return "\n\n".join(parts)
 
 
 def _model_table(view: Arrangement, world: str, family: FamilyView, group: RowGroup) -> str:
     summaries = {s.run: s for s in view.report.summaries if (s.world, s.family) == (world, family.key)}
     several = len(family.conditions) > 1
-    head = ["quant", "bits", "acc", "Δacc", "ΔAURC", "ΔECE"]
+    name = "acc" if family.main.headline.title == "Accuracy" else family.main.headline.title
+    units: list[Unit] = [family.main.headline.unit, "percent", "percent"]  # of OVERVIEW_METRICS
+    head = ["quant", "bits", name, f"Δ{name}", "ΔAURC", "ΔECE"]
     if several:
-        head[4:] = ["Δacc, all", "ΔAURC, all", "ΔECE, all", "rank"]
+        head[4:] = [f"Δ{name}, all", "ΔAURC, all", "ΔECE, all", "rank"]
     rows: list[list[str]] = []
     for row in group.rows:
         run, cell = row.run, row.cell
@@ -89,32 +104,33 @@ def _model_table(view: Arrangement, world: str, family: FamilyView, group: RowGr
         line = [
             formatting.clean_text(run.quantization, _NAME_WIDTH),
             f"{run.card.effective_bpw:.1f}" if run.card else "?",
-            _value(accuracy),
-            _change(accuracy.difference) or _no_change(cell),
+            _value(accuracy, units[0]),
+            _change(accuracy.difference, units[0]) or _no_change(cell),
         ]
         if several:
             summary = summaries.get(run.id)
-            line += [_change(summary.differences.get(key)) if summary else "" for key in OVERVIEW_METRICS]
+            changes = [summary.differences.get(key) if summary else None for key in OVERVIEW_METRICS]
+            line += [_change(change, unit) for change, unit in zip(changes, units, strict=True)]
             ranked = summary is not None and summary.rank_lo is not None
             line.append(f"{summary.rank_lo}-{summary.rank_hi}" if summary and ranked else "")
         else:
-            line += [_change(cell.metrics[key].difference) for key in OVERVIEW_METRICS[1:]]
+            line += [_change(cell.metrics[key].difference, "percent") for key in OVERVIEW_METRICS[1:]]
         rows.append(line)
     title = f"{WORLDS[world][0]}: {family.title}, {family.main.name}, {group.label}"
     if several:
-        title += f" (all: mean over {len(family.conditions)} conditions)"
+        title += f" (all: mean over {max((s.n_conditions for s in summaries.values()), default=0)} conditions)"
     return f"{formatting.clean_text(title)}\n" + tabulate(rows, head, disable_numparse=True)
 
 
-def _value(value: ValueEntry) -> str:
-    return formatting.number(value.value, "percent") if value.value is not None else "n/a"
+def _value(value: ValueEntry, unit: Unit) -> str:
+    return formatting.number(value.value, unit) if value.value is not None else "n/a"
 
 
-def _change(difference: DifferenceEntry | None) -> str:
+def _change(difference: DifferenceEntry | None, unit: Unit) -> str:
     if difference is None:
         return ""
-    text = formatting.delta(difference, "percent")
-    limits = formatting.delta_interval(difference, "percent").replace(" ", "").replace("+", "")
+    text = formatting.delta(difference, unit)
+    limits = formatting.delta_interval(difference, unit).replace(" ", "").replace("+", "")
     return f"{text} {_SYMBOLS[difference.effect]} {limits}"
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Literal
 
-from bitquake.reports.schema import DifferenceEntry, ValueEntry
-
-Unit = Literal["percent", "fraction", "nats"]
+from bitquake.reports.schema import DifferenceEntry, Unit, ValueEntry
 
 LONGEST_TEXT = 160
-_DIGITS: dict[str, int] = {"percent": 1, "fraction": 3, "nats": 3}
+_DIGITS: dict[str, int] = {"percent": 1, "fraction": 3, "nats": 3, "tenths": 2}
+SCALE: dict[str, float] = {"percent": 100.0, "fraction": 1.0, "nats": 1.0, "tenths": 10.0}
+"""What a number is multiplied by to be shown."""
 
 
 def clean_text(text: str, longest: int = LONGEST_TEXT) -> str:
@@ -24,9 +23,9 @@ def clean_text(text: str, longest: int = LONGEST_TEXT) -> str:
 
 
 def number(value: float, unit: Unit, *, signed: bool = False, digits: int | None = None) -> str:
-    """``0.8123`` as ``81.2`` (percent) or ``0.812``; a real minus sign, and never a minus before zero."""
+    """``0.8123`` as ``81.2`` (percent), ``8.12`` (tenths) or ``0.812``; a real minus sign, none before zero."""
     places = _DIGITS[unit] if digits is None else digits
-    text = f"{100 * value if unit == 'percent' else value:.{places}f}"
+    text = f"{SCALE[unit] * value:.{places}f}"
     if float(text) == 0:
         return text.lstrip("-")
     return ("+" if signed and value > 0 else "") + text.replace("-", "−")
@@ -40,7 +39,7 @@ def interval(lo: float, hi: float, unit: Unit, *, signed: bool = False, digits: 
 def difference_digits(difference: DifferenceEntry, unit: Unit) -> int:
     """One more digit where a difference that is no tie would read as zero."""
     digits = _DIGITS[unit]
-    scaled = abs(difference.delta) * (100 if unit == "percent" else 1)
+    scaled = abs(difference.delta) * SCALE[unit]
     return digits + 1 if difference.effect != "tied" and scaled < 0.5 * 10**-digits else digits
 
 
@@ -78,10 +77,11 @@ def value_text(value: ValueEntry, unit: Unit) -> str:
     return f"{number(value.value, unit)} {interval(value.lo, value.hi, unit)}"
 
 
-def condition_name(kind: str, noise: str, severity: int, variant: str) -> str:
-    """``clean``, ``gaussian noise 3``, ``night shift``."""
+def condition_name(kind: str, noise: str, severity: int, variant: str, *, full: bool = False) -> str:
+    """``clean``, ``gaussian noise 3``, ``gaussian noise 3, whole split``, ``night shift``."""
     if kind == "noise":
-        return f"{noise.replace('_', ' ')} {severity}" if severity else noise.replace("_", " ")
+        name = noise.replace("_", " ")
+        return f"{name}{f' {severity}' if severity else ''}{', whole split' if full else ''}"
     return variant.replace("_", " ")
 
 

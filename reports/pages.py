@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from bitquake.reports import formatting
-from bitquake.reports.schema import MetricEntry, Report, ValueEntry
+from bitquake.reports.schema import MetricEntry, Report, ScoreEntry, Unit, ValueEntry
 from bitquake.reports.views import Arrangement
 
 _LONG_TEXT = 2000
@@ -35,7 +35,10 @@ def render_pages(report: Report) -> dict[str, str]:
     }
     for world in view.worlds:
         for family in world.families:
-            pages[family.page] = environment.get_template("family.html").render(**shared, world=world, family=family)
+            inside = {**shared, "world": world, "family": family}
+            pages[family.page] = environment.get_template("family.html").render(**inside)
+            for noise in family.noises:
+                pages[noise.page] = environment.get_template("noise.html").render(**inside, noise=noise)
     return pages
 
 
@@ -62,6 +65,7 @@ def _environment() -> Environment:
         "effect_class": formatting.effect_class,
         "megabytes": formatting.megabytes,
         "direction": _direction,
+        "points": lambda unit: "points" if unit == "percent" else "",
         "unit_name": _unit_name,
     }
     environment.filters.update(filters)
@@ -73,13 +77,13 @@ def _user_text(text: str, longest: int = formatting.LONGEST_TEXT) -> Markup:
     return Markup("<bdi>{}</bdi>").format(escape(formatting.clean_text(text, longest)))
 
 
-def _value_interval(value: ValueEntry, unit: formatting.Unit) -> str:
+def _value_interval(value: ValueEntry, unit: Unit) -> str:
     if value.lo is None or value.hi is None:
         return ""
     return formatting.interval(value.lo, value.hi, unit)
 
 
-def _direction(metric: MetricEntry) -> Markup:
+def _direction(metric: MetricEntry | ScoreEntry) -> Markup:
     """An arrow that says which way is better."""
     if metric.higher_is_better is None:
         return Markup("")
@@ -88,4 +92,4 @@ def _direction(metric: MetricEntry) -> Markup:
 
 
 def _unit_name(metric: MetricEntry) -> str:
-    return {"percent": "%", "fraction": "0–1", "nats": "nats"}[metric.unit]
+    return {"percent": "%", "fraction": "0–1", "nats": "nats", "tenths": ""}[metric.unit]

@@ -128,10 +128,14 @@ def _device_kind(device: str) -> str:
 def cell_differences(cell: Cell, twin: Cell, *, common_samples: bool = False) -> list[str]:
     """In what two cells differ besides the quantization: settings, sample sets, images and prompts, with counts."""
     found = []
-    for name in ("family", "variant", "world", "protocol", "dataset", "split", "noise", "subset", "confidence_name"):
+    for name in (
+        *("family", "variant", "world", "protocol", "dataset", "split", "part", "shift_from", "noise", "subset"),
+        "confidence_name",
+    ):
         left, right = getattr(cell, name), getattr(twin, name)
         if left != right and not (common_samples and name == "subset"):
-            found.append(f"{name.replace('_', ' ')} {left or 'none'} vs {right or 'none'}")
+            nothing = "the whole split" if name == "part" else "none"
+            found.append(f"{name.replace('_', ' ')} {left or nothing} vs {right or nothing}")
     for name in sorted(cell.settings.keys() | twin.settings.keys()):
         left, right = (c.settings.get(name, "not set") for c in (cell, twin))
         if left != right:

@@ -28,8 +28,9 @@ from bitquake.reports.problems import Problem, RunError
 _SAMPLES = re.compile(r"(?P<stem>.+?)_samples_(?P<task>.+)\.jsonl")
 _RERUN = "run the same lmms-eval command again"
 _SHOWN_DETAILS = 3
+_CLEAN, _THRESHOLD = "clean", "threshold"
 _SAME_IN_A_CELL = (
-    *("task", "family", "variant", "world", "protocol", "dataset", "split", "subset", "noise"),
+    *("task", "family", "variant", "world", "protocol", "dataset", "split", "part", "subset", "shift_from", "noise"),
     "primary_confidence",
 )
 # Arguments of the wrapper that name the model or a place, or that the quant card tells better.
@@ -53,10 +54,12 @@ class Answer:
 
     image_id: str
     score: float
+    scores: Mapping[str, float]
     confidence: float | None
     pixels: str
     prompt: str
     failed: bool
+    parse_failure: bool
 
 
 @dataclass
@@ -75,7 +78,9 @@ class Cell:
     protocol: str
     dataset: str
     split: str
+    part: str
     subset: str
+    shift_from: str
     noise: dict[str, str | int] | None
     confidence_name: str
     source: str
@@ -91,7 +96,23 @@ class Cell:
 
     @property
     def is_threshold(self) -> bool:
-        return self.variant == "threshold"
+        return self.variant == _THRESHOLD or self.variant.endswith(f"_{_THRESHOLD}")
+
+    @property
+    def is_full(self) -> bool:
+        """A noisy task on the whole split, of a family whose other noisy tasks run on a subset."""
+        return self.noise is not None and self.variant.endswith("_full")
+
+    @property
+    def threshold_task(self) -> str:
+        """The task whose samples fit this one's threshold: the in-distribution one's, for thresholds are chosen there.
+
+        ``vqav2_threshold`` for ``vqav2_clean``, its noisy tasks, and whatever is shifted from ``vqav2_clean``;
+        ``scienceqa_natural_science_threshold`` for that shift, which is in distribution itself, and what is shifted
+        from it.
+        """
+        own = self.task if self.noise is None and self.variant != _CLEAN else f"{self.family}_{_CLEAN}"
+        return f"{(self.shift_from or own).removesuffix(f'_{_CLEAN}')}_{_THRESHOLD}"
 
 
 @dataclass
@@ -281,7 +302,7 @@ class _Reader:
             known = documents.setdefault((record.sample_id, f"{payload.get('doc_id', '')!s:>9}"), record)
             if known is not record:
                 duplicates += 1
-                if (known.score, known.primary, known.pixel_hash) != (record.score, record.primary, record.pixel_hash):
+                if _said(known) != _said(record):
                     bad.append(f"line {number}: a second, different answer to sample {record.sample_id!r}")
                     contradicted.add(record.sample_id)
         records = _by_sample(documents)
@@ -309,7 +330,9 @@ class _Reader:
             protocol=first.protocol,
             dataset=first.dataset,
             split=first.split,
+            part=first.part,
             subset=first.subset,
+            shift_from=first.shift_from,
             noise=first.noise,
             confidence_name=first.primary_confidence,
             source=where,
@@ -343,6 +366,8 @@ class _Reader:
             counts = ", ".join(f"{name} {count}" for name, count in cell.failures.items())
             what = f"{sum(cell.failures.values())} of {n} samples of {cell.task} failed ({counts}), such as: "
             fix = "they score 0 and have no confidence; mend the cause and run it again to have them count"
+            if cell.failures.keys() == {"target"}:
+                fix = "no answer to them can be scored: they count 0 for every model"
             self.warn(cell.source, what + clean_text(next(iter(cell.failure_details))), fix)
 
     def lines(self, path: Path, where: str) -> Iterator[tuple[int, bytes]]:
@@ -508,10 +533,19 @@ def _record(payload: Any) -> SampleRecord:
     if version != RECORD_VERSION:
         raise ValueError(f"sample record of version {version!r}, this Bitquake reads {RECORD_VERSION}")
     try:
-        return SampleRecord.model_validate(record)
+        found = SampleRecord.model_validate(record)
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
         raise ValueError(f"sample record: {'.'.join(map(str, details['loc']))}: {details['msg']}") from None
+    for name, value in found.scores.items():
+        if not name or not 0 <= value <= 1:  # NaN too
+            raise ValueError(f"sample record: scores.{name}: expected a number from 0 to 1, got {value}")
+    return found
+
+
+def _said(record: SampleRecord) -> tuple[object, ...]:
+    """What two records of one answer must have in common."""
+    return record.score, record.scores, record.primary, record.pixel_hash
 
 
 def _by_sample(documents: Mapping[tuple[str, str], SampleRecord]) -> dict[str, SampleRecord]:
@@ -529,8 +563,10 @@ def _answer(record: SampleRecord) -> Answer:
     return Answer(
         image_id=record.image_id,
         score=record.score,
+        scores={} if record.failure else record.scores,
         confidence=confidence,
         pixels="/".join(record.pixel_hash),
         prompt=record.prompt_hash,
         failed=record.failure is not None,
+        parse_failure=record.parse_failure,
     )

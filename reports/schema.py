@@ -1,7 +1,7 @@
 """The report as data: what ``report.json`` holds and what the pages are made from.
 
-All numbers are in the metric's own unit (fractions, never percentages; nats for NLL). None: not available, and ``note``
-says why.
+All numbers are in the metric's own unit (fractions, never percentages; nats for NLL; a score of captions is a tenth of
+their CIDEr-D). None: not available, and ``note`` says why.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Effect = Literal["better", "worse", "tied", "changed"]
+Unit = Literal["percent", "fraction", "nats", "tenths"]
+"""How a number is shown: times 100, as it is, in nats, or times 10 (CIDEr-D)."""
 
 
 class _Entry(BaseModel):
@@ -24,10 +26,19 @@ class MetricEntry(_Entry):
 
     key: str
     title: str
-    unit: Literal["percent", "fraction", "nats"]
+    unit: Unit
     higher_is_better: bool | None
     definition: str
     source: str
+
+
+class ScoreEntry(_Entry):
+    """Definition of a further score of a protocol: the mean over all samples, where a failed one scores 0."""
+
+    key: str
+    title: str
+    higher_is_better: bool | None
+    definition: str
 
 
 class DifferenceEntry(_Entry):
@@ -78,6 +89,12 @@ class BinEntry(_Entry):
 class CellEntry(_Entry):
     """One model on one task.
 
+    dataset, split, part: which rows; part is a text for people, "" for the whole split. shift_from: the task that is in
+    distribution for this one, or "". threshold_task: the task whose samples fit the threshold of effective reliability.
+    noise_group: ``imagenet_c``, ``imagenet_c_extra``, ``camera``, ``text``, or ``other`` for a noise that this release
+    does not know. full: a noise on the whole split of a family whose other noisy tasks run on a subset.
+    protocol: of scoring; headline, headline_unit: what ``metrics["accuracy"]`` is called there, and how it is shown.
+    scores: the protocol's further scores by name. parse_failure_rate: share of answers without the expected form.
     pairing: ``twin`` (the full-precision run), ``paired`` with it, or ``unpaired`` with the ``reason``.
     common: what was left out when runs of different samples were compared on those they share.
     chance_ece: the ECE that a perfectly calibrated model with these confidences shows by chance.
@@ -90,7 +107,17 @@ class CellEntry(_Entry):
     task: str
     kind: Literal["clean", "noise", "shift"]
     noise: str = ""
+    noise_group: str = ""
     severity: int = 0
+    full: bool = False
+    dataset: str
+    split: str
+    part: str = ""
+    shift_from: str = ""
+    threshold_task: str
+    protocol: str
+    headline: str
+    headline_unit: Unit
     pairing: Literal["twin", "paired", "unpaired"]
     reason: str = ""
     common: str = ""
@@ -103,6 +130,8 @@ class CellEntry(_Entry):
     parse_failures: int
     truncated: int
     metrics: dict[str, ValueEntry]
+    scores: dict[str, ValueEntry]
+    parse_failure_rate: ValueEntry
     chance_ece: float | None
     curve: list[CurvePoint]
     bins: list[BinEntry]
@@ -198,6 +227,7 @@ class Report(_Entry):
     title: str
     settings: Settings
     metrics: list[MetricEntry]
+    scores: list[ScoreEntry]
     runs: list[RunEntry]
     cells: list[CellEntry]
     summaries: list[SummaryEntry]

@@ -11,8 +11,8 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from bitquake.reports import charts
-from bitquake.reports.formatting import condition_name, interval, number, value_text
+from bitquake.reports import charts, scores
+from bitquake.reports.formatting import SCALE, condition_name, interval, number, value_text
 from bitquake.reports.schema import (
     CellEntry,
     CurvePoint,
@@ -20,7 +20,9 @@ from bitquake.reports.schema import (
     MetricEntry,
     Report,
     RunEntry,
+    ScoreEntry,
     SummaryEntry,
+    Unit,
     ValueEntry,
 )
 
@@ -30,10 +32,21 @@ PAIR_METRICS = (
     *("phi_1", "phi_10", "phi_100"),
 )
 OVERVIEW_METRICS = ("accuracy", "aurc", "ece_15")
-# More columns than a reader can follow: then each noise stands with its highest severity only.
+# More columns than a reader can follow: then each noise stands with its highest severity only, or not at all.
 MOST_OVERVIEW_COLUMNS = 16
 # With more pairs of a family and a full-precision model than this, charts stand on the families' pages only.
 MOST_INDEX_CHARTS = 6
+# A family with more noises has its severity charts folded by group, and none of them on the overview page.
+MOST_OPEN_NOISES = 4
+# With more severity charts than this, they stand on the pages of the noises only.
+MOST_FAMILY_CHARTS = 150
+NOISE_GROUPS = {
+    "imagenet_c": "ImageNet-C corruptions",
+    "imagenet_c_extra": "Extra ImageNet-C corruptions",
+    "camera": "Camera and channel noises",
+    "text": "Noises on the question's text",
+    "other": "Other noises",
+}
 WORLDS = {
     "real": ("Real datasets", ""),
     "block": (
@@ -89,18 +102,53 @@ class ConditionView:
     task: str
     groups: list[RowGroup]
     sizes: str
+    rows: str
     notes: list[str]
+    metrics: list[MetricEntry]
+    scores: list[ScoreEntry]
+
+    @property
+    def headline(self) -> MetricEntry:
+        """What ``accuracy`` is called, and in what it is shown."""
+        return self.metrics[0]
+
+
+@dataclass(frozen=True)
+class NoiseView:
+    """One noise at its severities; it has a page of its own."""
+
+    key: str
+    full: bool
+    name: str
+    page: str
+    conditions: list[ConditionView]
+
+
+@dataclass(frozen=True)
+class NoiseGroupView:
+    """Noises of one kind, with one overview for each metric."""
+
+    id: str
+    title: str
+    noises: list[NoiseView]
+    overviews: list[Overview]
 
 
 @dataclass(frozen=True)
 class FamilyView:
-    """All conditions of one family; ``main`` is the clean task where there is one."""
+    """All conditions of one family; ``main``: the clean task where there is one, ``plain``: those without noise."""
 
     key: str
     title: str
     page: str
     main: ConditionView
+    plain: list[ConditionView]
+    noise_groups: list[NoiseGroupView]
     conditions: list[ConditionView]
+
+    @property
+    def noises(self) -> list[NoiseView]:
+        return [noise for group in self.noise_groups for noise in group.noises]
 
 
 @dataclass(frozen=True)
@@ -119,14 +167,20 @@ class OverviewRow:
 
 @dataclass(frozen=True)
 class Overview:
-    """One metric over all conditions: full precision by its value, the others by their change."""
+    """One metric over several conditions: full precision by its value, the others by their change.
+
+    units: how each column is shown. left_out: conditions without a column; highest: of each noise there is only the
+    highest severity.
+    """
 
     metric: MetricEntry
+    units: list[Unit]
     families: list[Head]
     noises: list[Head]
     severities: list[str]
     groups: list[tuple[RunEntry, list[OverviewRow]]]
     left_out: int
+    highest: bool
 
 
 @dataclass(frozen=True)
@@ -145,10 +199,12 @@ class Glance:
 
 @dataclass(frozen=True)
 class WorldView:
+    """A world's families; glances: title, metrics of the columns, rows."""
+
     key: str
     title: str
     note: str
-    glances: list[tuple[str, list[Glance]]]
+    glances: list[tuple[str, list[MetricEntry], list[Glance]]]
     overviews: list[Overview]
     families: list[FamilyView]
 
@@ -160,7 +216,7 @@ class Arrangement:
         self.report = report
         self.runs = {run.id: run for run in report.runs}
         self.metrics = {metric.key: metric for metric in report.metrics}
-        self.pair_metrics = [self.metrics[key] for key in PAIR_METRICS]
+        self.scores = {score.key: score for score in report.scores}
         members: dict[str, list[str]] = {}
         for run in report.runs:
             members.setdefault(group_key(run), []).append(run.id)
@@ -179,7 +235,8 @@ class Arrangement:
             self.family(key, family, [cell for cell in cells if cell.family == family])
             for family in sorted({cell.family for cell in cells}, key=lambda f: self.family_order(cells, f))
         ]
-        overviews = [self.overview(self.metrics[metric], cells, families) for metric in OVERVIEW_METRICS]
+        tasks = [condition.task for family in families for condition in family.conditions]
+        overviews = [self.overview(metric, cells, tasks, across=True) for metric in OVERVIEW_METRICS]
         return WorldView(key, title, note, self.glances(key, families), overviews, families)
 
     @staticmethod
@@ -190,12 +247,33 @@ class Arrangement:
     def family(self, world: str, family: str, cells: Sequence[CellEntry]) -> FamilyView:
         order = {cell.task: condition_order(cell) for cell in cells}
         tasks = sorted(order, key=lambda task: order[task])
-        conditions = [self.condition([cell for cell in cells if cell.task == task]) for task in tasks]
-        page = f"{slug(family if family.startswith(world) else f'{world}-{family}')}.html"
-        return FamilyView(family, family.replace("_", " "), page, conditions[0], conditions)
+        by_task: dict[str, list[CellEntry]] = {}
+        for cell in cells:
+            by_task.setdefault(cell.task, []).append(cell)
+        conditions = {task: self.condition(by_task[task]) for task in tasks}
+        first = {task: by_task[task][0] for task in tasks}
+        stem = slug(family if family.startswith(world) else f"{world}-{family}")
+        groups = []
+        for group, members in groupby((t for t in tasks if first[t].kind == "noise"), lambda t: first[t].noise_group):
+            own = list(members)
+            noises = []
+            for (noise, full), same in groupby(own, lambda t: (first[t].noise, first[t].full)):
+                name = condition_name("noise", noise, 0, "", full=full)
+                # No slug holds two hyphens in a row, so no other page has this name.
+                page = f"{stem}--{slug(noise)}{'--full' if full else ''}.html"
+                noises.append(NoiseView(noise, full, name, page, [conditions[task] for task in same]))
+            overviews = [self.overview(metric, cells, own) for metric in OVERVIEW_METRICS]
+            title = NOISE_GROUPS.get(group, NOISE_GROUPS["other"])
+            groups.append(NoiseGroupView(f"group-{slug(group)}", title, noises, overviews))
+        plain = [conditions[task] for task in tasks if first[task].kind != "noise"]
+        main = conditions[tasks[0]]
+        return FamilyView(
+            family, family.replace("_", " "), f"{stem}.html", main, plain, groups, list(conditions.values())
+        )
 
     def condition(self, cells: Sequence[CellEntry]) -> ConditionView:
         first = cells[0]
+        metrics = [self.headline(first), *(self.metrics[key] for key in PAIR_METRICS[1:])]
         groups = []
         for key, rows in self.by_group(cells):
             head = self.runs[key]
@@ -207,12 +285,15 @@ class Arrangement:
         cautions: dict[str, str] = {}
         missing: dict[str, dict[str, None]] = {}
         for cell in cells:
-            for metric in self.pair_metrics:
+            for metric in metrics:
                 value = cell.metrics[metric.key]
                 if value.value is None:
                     missing.setdefault(value.note, {})[metric.title] = None
                 elif value.caution:
                     cautions.setdefault(metric.key, value.caution)
+            for score, value in cell.scores.items():
+                if value.value is None:
+                    missing.setdefault(value.note, {})[self.scores[score].title] = None
             if cell.n_missing_confidence:
                 notes.append(f"{self.runs[cell.run].name}: {cell.n_missing_confidence} samples without a confidence.")
             if cell.reason:
@@ -220,16 +301,42 @@ class Arrangement:
         notes += [f"{', '.join(titles)} not available: {note}." for note, titles in missing.items()]
         if cautions:
             notes.append(f"† Shown, but not to be ranked by: {'; '.join(cautions.values())}.")
-        name = condition_name(first.kind, first.noise, first.severity, first.variant)
+        if caution := scores.headline(first.protocol, ()).caution:
+            notes.append(caution)
+        if first.threshold_task != f"{first.family}_threshold" and first.metrics["phi_1"].value is not None:
+            notes.append(f"Φ: the threshold was chosen in distribution, on {first.threshold_task}.")
+        name = condition_name(first.kind, first.noise, first.severity, first.variant, full=first.full)
+        chosen = first.part or (f"{first.split}, all of it" if first.split else "")
+        which = f"Rows of {first.dataset}: {chosen}." if chosen else f"Rows of {first.dataset}."
+        if first.shift_from:
+            which += f" Shifted from {first.shift_from}."
+        further = scores.further({name for cell in cells for name in cell.scores})
         sizes = f"{_span(n)} samples, {_span(images)} images, confidence: {first.confidence_name}"
-        return ConditionView(slug(first.task), name, first.task, groups, sizes, list(dict.fromkeys(notes)))
+        return ConditionView(
+            slug(first.task),
+            name,
+            first.task,
+            groups,
+            sizes,
+            which,
+            list(dict.fromkeys(notes)),
+            metrics,
+            [self.scores[score] for score in further],
+        )
+
+    def headline(self, cell: CellEntry) -> MetricEntry:
+        """The accuracy of a protocol under the name that it has there."""
+        definition = scores.headline(cell.protocol, ()).definition
+        return self.metrics["accuracy"].model_copy(
+            update={"title": cell.headline, "unit": cell.headline_unit, "definition": definition}
+        )
 
     def by_group(self, cells: Sequence[CellEntry]) -> list[tuple[str, list[Row]]]:
         position = {run: index for index, run in enumerate(self.runs)}
         rows = [Row(self.runs[c.run], c) for c in sorted(cells, key=lambda c: position[c.run])]
         return [(key, list(group)) for key, group in groupby(rows, key=lambda row: group_key(row.run))]
 
-    def glances(self, world: str, families: Sequence[FamilyView]) -> list[tuple[str, list[Glance]]]:
+    def glances(self, world: str, families: Sequence[FamilyView]) -> list[tuple[str, list[MetricEntry], list[Glance]]]:
         found = []
         for family in families:
             rows = [
@@ -238,14 +345,21 @@ class Arrangement:
                 if s.world == world and s.family == family.key
             ]
             if rows and len(family.conditions) > 1:
-                found.append((f"{family.title}, mean over {len(family.conditions)} conditions", rows))
+                metrics = [family.main.headline, *(self.metrics[key] for key in OVERVIEW_METRICS[1:])]
+                n = max(row.summary.n_conditions for row in rows)
+                found.append((f"{family.title}, mean over {n} conditions", metrics, rows))
         return found
 
-    def overview(self, metric: MetricEntry, cells: Sequence[CellEntry], families: Sequence[FamilyView]) -> Overview:
+    def overview(self, key: str, cells: Sequence[CellEntry], tasks: Sequence[str], *, across: bool = False) -> Overview:
+        """One metric on tasks, in their order; across: several families, so that noises may have to go altogether."""
         first = {cell.task: cell for cell in cells}
-        tasks = [condition.task for family in families for condition in family.conditions]
-        chosen = _columns([first[task] for task in tasks])
+        chosen = _columns([first[task] for task in tasks], across=across)
         shown = [first[task] for task in chosen]
+        metric = self.metrics[key]
+        units: list[Unit] = [cell.headline_unit if key == "accuracy" else metric.unit for cell in shown]
+        names = {cell.headline for cell in shown}
+        if key == "accuracy" and len(names) == 1:
+            metric = self.headline(shown[0])
         by_place = {(cell.run, cell.task): cell.metrics[metric.key] for cell in cells}
         with_cells = {cell.run for cell in cells}
         groups: dict[str, list[OverviewRow]] = {}
@@ -253,44 +367,60 @@ class Arrangement:
             if run.id in with_cells:
                 row = OverviewRow(run, [by_place.get((run.id, task)) for task in chosen])
                 groups.setdefault(group_key(run), []).append(row)
+        families = []
+        for (family, title), same in groupby(shown, key=lambda cell: (cell.family, cell.headline)):
+            text = family.replace("_", " ")
+            families.append(Head(f"{text}, {title}" if key == "accuracy" and len(names) > 1 else text, len(list(same))))
         return Overview(
             metric,
-            [Head(f.replace("_", " "), len(list(g))) for f, g in groupby(shown, key=lambda c: c.family)],
+            units,
+            families,
             [Head(name, len(list(g))) for (_, name), g in groupby(shown, key=lambda c: (c.family, _noise_head(c)))],
             [str(cell.severity) if cell.kind == "noise" and cell.severity else "" for cell in shown],
             [(self.runs[key], rows) for key, rows in groups.items()],
             len(tasks) - len(chosen),
+            any(cell.kind == "noise" for cell in shown),
         )
 
     def legend(self, group: RowGroup) -> list[Legend]:
         return [Legend(row.run.quantization, charts.swatch(self.styles[row.run.id])) for row in group.rows]
 
-    def severity_figures(self, family: FamilyView, group: RowGroup) -> list[Figure]:
-        """For each noise the overview metrics against severity, with the clean task as severity 0."""
-        ids = [row.run.id for row in group.rows]
-        groups = [g for condition in family.conditions for g in condition.groups if g.key == group.key]
-        cells = {(row.cell.task, row.run.id): row.cell for g in groups for row in g.rows}
-        clean = {cell.run: cell for cell in cells.values() if cell.kind == "clean"}
+    @staticmethod
+    def few_noises(family: FamilyView) -> bool:
+        """Whether severity charts stand open, and on the overview page too."""
+        return 0 < len(family.noises) <= MOST_OPEN_NOISES
+
+    def severity_charts_fit(self, family: FamilyView) -> bool:
+        """Whether the family's own page shows the severity charts of all its noises."""
+        return len(family.noises) * len(OVERVIEW_METRICS) * len(family.main.groups) <= MOST_FAMILY_CHARTS
+
+    def severity_figures(self, family: FamilyView, noise: NoiseView, group: RowGroup) -> list[Figure]:
+        """The overview metrics against the severity of a noise, with the clean task as severity 0."""
+        clean = [c for c in family.plain[:1] if c.groups[0].rows[0].cell.kind == "clean"]
+        groups = [g for condition in [*clean, *noise.conditions] for g in condition.groups if g.key == group.key]
+        sizes = {kind: {r.cell.n for g in groups for r in g.rows if r.cell.kind == kind} for kind in ("clean", "noise")}
+        subtitle = ""
+        if sizes["clean"] and sizes["clean"] != sizes["noise"]:
+            subtitle = f"clean: {_span(sizes['clean'])} samples, noise: {_span(sizes['noise'])}"
         figures = []
-        for noise in sorted({cell.noise for cell in cells.values() if cell.kind == "noise"}):
-            for metric in (self.metrics[key] for key in OVERVIEW_METRICS):
-                lines, table = [], []
-                for run in ids:
-                    name = self.runs[run].quantization
-                    own = [c for (_, r), c in cells.items() if r == run and c.kind == "noise" and c.noise == noise]
-                    own = [*([clean[run]] if run in clean else []), *sorted(own, key=lambda c: c.severity)]
-                    points = [point for cell in own if (point := _point(cell, metric.key))]
-                    if points:
-                        lines.append(charts.Line(name, self.styles[run], points))
-                    for cell in own:
-                        value = value_text(cell.metrics[metric.key], metric.unit)
-                        table.append([name, str(cell.severity or "clean"), value])
-                if any(len(line.points) > 1 for line in lines):
-                    title, label = f"{metric.title} under {noise.replace('_', ' ')}", f"{metric.title}, %"
-                    ends = [[number(p.y, "percent") for p in (line.points[0], line.points[-1])] for line in lines]
-                    words = "; ".join(f"{line.name} from {a} to {b}" for line, (a, b) in zip(lines, ends, strict=True))
-                    chart = charts.severity_chart(title, f"In percent, with 95 % intervals: {words}.", label, lines)
-                    figures.append(Figure(title, "", chart, ["Quantization", "Severity", label], table))
+        for metric in (family.main.headline, *(self.metrics[key] for key in OVERVIEW_METRICS[1:])):
+            label = f"{metric.title}, %" if metric.unit == "percent" else metric.title
+            lines, table = [], []
+            for run in (row.run for row in group.rows):
+                own = [row.cell for g in groups for row in g.rows if row.run is run]
+                points = [point for cell in own if (point := _point(cell, metric.key))]
+                if points:
+                    lines.append(charts.Line(run.quantization, self.styles[run.id], points))
+                for cell in own:
+                    value = value_text(cell.metrics[metric.key], metric.unit)
+                    table.append([run.quantization, str(cell.severity or "clean"), f"{cell.n:,}", value])
+            if any(len(line.points) > 1 for line in lines):
+                title = f"{metric.title} under {noise.name}"
+                ends = [[number(p.y, metric.unit) for p in (line.points[0], line.points[-1])] for line in lines]
+                words = "; ".join(f"{line.name} from {a} to {b}" for line, (a, b) in zip(lines, ends, strict=True))
+                described = f"{label}, with 95 % intervals: {words}."
+                chart = charts.severity_chart(title, described, label, lines, SCALE[metric.unit])
+                figures.append(Figure(title, subtitle, chart, ["Quantization", "Severity", "Samples", label], table))
         return figures
 
     def risk_coverage_figure(self, condition: ConditionView, group: RowGroup) -> Figure | None:
@@ -324,7 +454,7 @@ class Arrangement:
             subtitle = f"ECE {value_text(row.cell.metrics['ece_15'], 'percent')} %"
             if row.cell.chance_ece is not None:
                 subtitle += f", by chance {number(row.cell.chance_ece, 'percent')}"
-            described = f"Accuracy against confidence in bins; calibrated on the diagonal. {subtitle}."
+            described = f"{row.cell.headline} against confidence in bins; calibrated on the diagonal. {subtitle}."
             table = []
             for b in row.cell.bins:
                 bounds = f"{number(b.lower, 'percent', digits=0)}–{number(b.upper, 'percent', digits=0)}"
@@ -332,8 +462,10 @@ class Arrangement:
                 if b.lo is not None and b.hi is not None:
                     score += f" {interval(b.lo, b.hi, 'percent')}"
                 table.append([bounds, str(b.count), number(b.confidence, "percent"), score])
-            chart = charts.reliability_chart(title, described, row.cell.bins, self.styles[row.run.id])
-            figures.append(Figure(title, subtitle, chart, ["Bin, %", "Samples", "Confidence, %", "Accuracy, %"], table))
+            tenths = row.cell.headline_unit == "tenths"
+            label = f"{row.cell.headline} / 10, %" if tenths else f"{row.cell.headline}, %"
+            chart = charts.reliability_chart(title, described, row.cell.bins, self.styles[row.run.id], label)
+            figures.append(Figure(title, subtitle, chart, ["Bin, %", "Samples", "Confidence, %", label], table))
         return figures
 
     def failure_rows(self) -> list[tuple[RunEntry, CellEntry, str]]:
@@ -370,25 +502,29 @@ def slug(text: str) -> str:
     return f"{plain[:50]}-{hashlib.blake2b(text.encode(errors='replace'), digest_size=4).hexdigest()}".lstrip("-")
 
 
-def condition_order(cell: CellEntry) -> tuple[int, str, int, str]:
-    """Sorts conditions: clean, the noises by severity, the shifts."""
-    return (("clean", "noise", "shift").index(cell.kind), cell.noise, cell.severity, cell.task)
+def condition_order(cell: CellEntry) -> tuple[int, int, str, bool, int, str]:
+    """Sorts conditions: clean, the shifts, the noises by group, name and severity."""
+    group = list(NOISE_GROUPS).index(cell.noise_group) if cell.noise_group in NOISE_GROUPS else len(NOISE_GROUPS)
+    kind = ("clean", "shift", "noise").index(cell.kind)
+    return (kind, group, cell.noise, cell.full, cell.severity, cell.task)
 
 
-def _columns(cells: Sequence[CellEntry]) -> list[str]:
-    """Tasks that an overview shows: all, or of each noise the highest severity only where all are too many."""
+def _columns(cells: Sequence[CellEntry], *, across: bool) -> list[str]:
+    """Tasks that an overview shows: all; of each noise the highest severity only; or ``across`` families no noise."""
     if len(cells) <= MOST_OVERVIEW_COLUMNS:
         return [cell.task for cell in cells]
-    highest: dict[tuple[str, str], CellEntry] = {}
+    highest: dict[tuple[str, str, bool], CellEntry] = {}
     for cell in cells:
-        best = highest.setdefault((cell.family, cell.noise), cell)
+        best = highest.setdefault((cell.family, cell.noise, cell.full), cell)
         if cell.severity > best.severity:
-            highest[cell.family, cell.noise] = cell
-    return [cell.task for cell in cells if cell.kind != "noise" or highest[cell.family, cell.noise] is cell]
+            highest[cell.family, cell.noise, cell.full] = cell
+    few = [c for c in cells if c.kind != "noise" or highest[c.family, c.noise, c.full] is c]
+    plain = [cell for cell in few if cell.kind != "noise"]
+    return [cell.task for cell in (plain if across and plain and len(few) > MOST_OVERVIEW_COLUMNS else few)]
 
 
 def _noise_head(cell: CellEntry) -> str:
-    return condition_name(cell.kind, cell.noise, 0, cell.variant)
+    return condition_name(cell.kind, cell.noise, 0, cell.variant, full=cell.full)
 
 
 def _point(cell: CellEntry, key: str) -> charts.Point | None:

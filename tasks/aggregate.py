@@ -13,8 +13,13 @@ from typing import Any
 
 from bitquake.metrics import METRICS, Estimate, evaluate
 
+from .scoring.caption import SCALE
+
 NOT_AVAILABLE = "N/A"
 """What lmms-eval itself prints for a number that there is none of."""
+
+REPLICATES = 2000
+"""Of the bootstrap behind an interval."""
 
 Item = Sequence[Any]
 """What a task gives for one sample: [score, confidence or None, image id]."""
@@ -33,6 +38,11 @@ def accuracy_item(score: float, image_id: str) -> dict[str, Any]:
     return {"accuracy": score, "score": score, "image_id": image_id}
 
 
+def score_item(value: float | None, failed: bool, image_id: str) -> list[Any]:
+    """One sample's value of a protocol's further score: 0 where the sample failed, None where it has no such score."""
+    return [0.0 if failed else value, failed, image_id]
+
+
 def n_scored(records: Sequence[dict[str, Any]]) -> int:
     """Number of sample records without a failure."""
     return sum(record["failure"] is None for record in records)
@@ -41,6 +51,31 @@ def n_scored(records: Sequence[dict[str, Any]]) -> int:
 def total(items: Sequence[Sequence[int]]) -> int:
     """Sum of the counts; each stands in a list so that lmms-eval makes no mean and error of them."""
     return sum(count for (count,) in items)
+
+
+def share(items: Sequence[Sequence[int]]) -> float | str:
+    """Mean of the counts."""
+    return total(items) / len(items) if items else NOT_AVAILABLE
+
+
+def score(items: Sequence[Item]) -> float | str:
+    """Mean of a further score; not available where no sample that did not fail has it (``letter`` of plain text)."""
+    return _score(items, 1.0, _number)
+
+
+def score_ci(items: Sequence[Item]) -> str:
+    """The interval of :func:`score`."""
+    return str(_score(items, 1.0, _bounds))
+
+
+def cider(items: Sequence[Item]) -> float | str:
+    """CIDEr-D as it is published: ten times the mean of the samples' scores, each a tenth of their CIDEr-D."""
+    return _score(items, SCALE, _number)
+
+
+def cider_ci(items: Sequence[Item]) -> str:
+    """The interval of :func:`cider`."""
+    return str(_score(items, SCALE, _bounds))
 
 
 def estimate(key: str, items: Sequence[Item | dict[str, Any]], replicates: int) -> Estimate:
@@ -57,18 +92,31 @@ def estimate(key: str, items: Sequence[Item | dict[str, Any]], replicates: int) 
     )[key]
 
 
+def _score(items: Sequence[Item], scale: float, shown: Callable[[Estimate, float], float | str]) -> float | str:
+    if not any(value is not None for value, failed, _ in items if not failed):
+        return NOT_AVAILABLE
+    rows = [item(value or 0.0, None, image_id) for value, _, image_id in items]
+    return shown(estimate("accuracy", rows, replicates=1 if shown is _number else REPLICATES), scale)
+
+
+def _number(found: Estimate, scale: float = 1.0) -> float | str:
+    return NOT_AVAILABLE if math.isnan(found.value) else scale * found.value
+
+
+def _bounds(found: Estimate, scale: float = 1.0) -> str:
+    return f"[{scale * found.lo:.4f}, {scale * found.hi:.4f}]" if found.available else NOT_AVAILABLE
+
+
 def _value(key: str) -> Callable[[Sequence[Any]], float | str]:
     def value(items: Sequence[Any]) -> float | str:
-        number = estimate(key, items, replicates=1).value
-        return NOT_AVAILABLE if math.isnan(number) else number
+        return _number(estimate(key, items, replicates=1))
 
     return value
 
 
 def _interval(key: str) -> Callable[[Sequence[Any]], str]:
     def interval(items: Sequence[Any]) -> str:
-        found = estimate(key, items, replicates=2000)
-        return f"[{found.lo:.4f}, {found.hi:.4f}]" if found.available else NOT_AVAILABLE
+        return _bounds(estimate(key, items, replicates=REPLICATES))
 
     return interval
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,38 @@ from bitquake.envelope import Envelope, EnvelopeError, decode
 from bitquake.noise import ImageError, NoiseSpec, SampleKey, load_rgb
 from bitquake.records import RECORD_KEY, Failure, SampleRecord
 
-from . import aggregate
-from .contract import THRESHOLD, TaskContract
-from .documents import IDS, prepare, require_columns
-from .families import FamilyError, Split, Subset, fill
-from .scoring import TargetError, score_box, score_choice, score_vqa
-from .scoring.choice import LETTERS, correct_letter
-from .scoring.grounding import Box, format_box, target_box
+from . import aggregate, answers, sources
+from .answers import Outcome
+from .contract import TaskContract, protocol_scores
+from .documents import IDS, Rows, prepare, require_columns
+from .expand import threshold_of
+from .families import FamilyError, fill
+from .schema import Split, Subset
+from .scoring import TargetError
+from .scoring.caption import Corpus
+from .scoring.choice import LETTERS
+from .scoring.retrieval import CandidateError
+from .selection import describe
 from .strict_yaml import load_task_yaml
+from .variants import FULL, THRESHOLD, why_not
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a protocol makes of one answer."""
+class References:
+    """The references of every row of a task's part, subset or not; equal where the rows are."""
 
-    score: float
-    scores: dict[str, float]
-    answer: str | None
-    parse_failure: bool = False
+    fingerprint: str
+    values: list[Any] = field(compare=False, repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
-    """One task as its YAML file describes it; its methods are what lmms-eval calls."""
+    """One task as its YAML file describes it; its methods are what lmms-eval calls.
+
+    lmms-eval asks for the functions of a file one by one, and they are all bound to one of these: what
+    ``process_docs`` finds out about the dataset (``references``, ``problem``, ``revision``) the others know.
+    data_file: the parquet file of the split, where the dataset consists of files.
+    """
 
     file: str
     name: str
@@ -52,32 +61,114 @@ class Task:
     noise: NoiseSpec | None
     noise_as_written: Any
     contract: TaskContract
+    references: References | None = field(default=None, init=False)
+    problem: str = field(default="", init=False)
+    data_file: Path | None = field(default=None, init=False)
+    revision: str = field(default="", init=False)
 
     @property
     def variant(self) -> str:
-        """``clean``, ``threshold``, ``fog_3``, …"""
+        """``clean``, ``threshold``, ``fog_3``, ``fog_3_full``, a shift's name, ``<shift>_threshold``."""
         return self.name.removeprefix(f"{self.contract.family}_")
 
     @property
     def part(self) -> Split:
         """The part of the split that the task evaluates."""
-        splits = self.contract.splits
-        return splits.threshold if self.variant == THRESHOLD else splits.test
+        splits, shifts = self.contract.splits, self.contract.shifts
+        if self.variant in shifts:
+            return shifts[self.variant]
+        if self.variant == THRESHOLD:
+            return splits.threshold
+        shift = self._threshold_of()
+        if shift is not None:
+            return threshold_of(shifts[shift], splits.threshold)
+        return splits.test
 
     @property
     def subset(self) -> Subset | None:
-        return self.contract.noise_subset if self.noise is not None else None
+        return None if self.noise is None or self.variant.endswith(f"_{FULL}") else self.contract.noise_subset
+
+    @property
+    def shift_from(self) -> str:
+        """The task that is in distribution for this one; "" where this one is itself."""
+        shift = self.contract.shifts.get(self.variant)
+        if shift is not None:
+            return "" if shift.shift_from is None else f"{self.contract.family}_{shift.shift_from}"
+        return "" if self._threshold_of() is not None else self.contract.shift_from
+
+    @property
+    def rows(self) -> Rows:
+        """What the task wants of its split."""
+        return Rows(
+            split=self.part,
+            subset=self.subset,
+            explode=self.contract.explode,
+            candidates=self.contract.candidates,
+            need_size=self.contract.protocol == "grounding",
+            folder=Path(self.file).parent,
+        )
+
+    @functools.cached_property
+    def part_for_people(self) -> str:
+        return describe(self.part, Path(self.file).parent)
+
+    def key(self, doc: Mapping[str, Any]) -> SampleKey:
+        """What seeds the document's noise."""
+        return SampleKey(self.contract.dataset, self.split, doc[IDS]["sample_id"])
+
+    def corpus(self) -> Corpus:
+        """caption: document frequencies of every reference of the part, whatever subset or limit is evaluated.
+
+        Raises:
+            FamilyError: ``process_docs`` did not run in this process, or failed.
+        """
+        if self.references is None:
+            raise FamilyError(
+                f"{self.file}: captions are scored by the references of the whole split, which process_docs of the "
+                f"same task keeps: call it first, in this process ({self.problem or 'it was not called'})"
+            )
+        return _corpus(self.references)
+
+    def see_to_data(self) -> None:
+        """Convert a table, or refuse a damaged file, before lmms-eval loads it.
+
+        Raises:
+            FamilyError: see :func:`bitquake.tasks.sources.make_ready`.
+        """
+        if self.data_file is None:
+            return
+        try:
+            sources.make_ready(self.data_file, self.contract.sources.get(self.split))
+        except FamilyError as error:
+            raise FamilyError(f"{self.name}: {error}") from error
 
     def process_docs(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """The task's rows. A dataset that lacks a column is left as it is: ``doc_to_text`` says so.
+        """The task's rows. A dataset that is not as declared is left as it is: ``doc_to_text`` says so.
 
         lmms-eval calls this five times before it reports an error, two seconds apart and without its text.
         """
-        columns, need_size = self.contract.columns, self.contract.protocol == "grounding"
+        self.problem = ""
+        self.revision = sources.revision(dataset, self.data_file)
         try:
-            return prepare(dataset, columns, self.part, self.subset, need_size=need_size)
-        except FamilyError:
+            return self.prepared(dataset)
+        except FamilyError as error:
+            self.problem = str(error)
             return dataset
+
+    def prepared(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """The task's rows.
+
+        Raises:
+            FamilyError: see :func:`bitquake.tasks.documents.prepare`.
+        """
+        columns, wanted = self.contract.columns, self.rows
+        ready = prepare(dataset, columns, wanted)
+        _ = self.part_for_people  # read now: after days of answers the folder may have been pruned
+        if self.contract.protocol == "caption":
+            whole = ready if wanted.subset is None else prepare(dataset, columns, replace(wanted, subset=None))
+            values = whole.select_columns([columns.captions])[:][columns.captions]
+            self.references = References(whole._fingerprint, values)
+        return ready
 
     def doc_to_visual(self, doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any]) -> list[Image.Image]:
         """The document's picture as RGB, corrupted as the task says; none for a row without one, where that is allowed.
@@ -94,13 +185,14 @@ class Task:
             pixels = load_rgb(encoded)
         except ImageError as error:
             raise ImageError(f"{error} (task {self.name}, sample {doc[IDS]['sample_id']})") from error
-        if self.noise is not None:
-            key = SampleKey(self.contract.dataset, self.split, doc[IDS]["sample_id"])
-            pixels = self.noise.apply(pixels, key)
+        if self.noise is not None and self.noise.medium == "image":
+            pixels = self.noise.apply(pixels, self.key(doc))
         return [Image.fromarray(pixels)]
 
     def doc_to_text(self, doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any]) -> str:
         """The question with its hint and choices, between ``pre_prompt`` and ``post_prompt``.
+
+        A text noise changes the question alone: hint, choices and the instructions around them stay.
 
         Raises:
             FamilyError: the dataset does not have what the family declares, or ``check`` fails. lmms-eval asks for one
@@ -108,7 +200,7 @@ class Task:
         """
         self.check(doc, lmms_eval_specific_kwargs)
         columns, text = self.contract.columns, self.contract.text
-        values = {"question": _text(doc[columns.question]), "hint": "", "choices": ""}
+        values = {"question": self.question(doc), "hint": "", "choices": ""}
         if columns.hint is not None and (hint := _text(doc[columns.hint])):
             values["hint"] = fill(text.hint, {"hint": hint})
         if columns.choices is not None:
@@ -118,14 +210,20 @@ class Task:
         before, after = (lmms_eval_specific_kwargs.get(key) or "" for key in ("pre_prompt", "post_prompt"))
         return f"{before}{fill(text.template, values)}{after}"
 
+    def question(self, doc: Mapping[str, Any]) -> str:
+        """The document's own question, as the model gets it; "" where rows have none."""
+        column = self.contract.columns.question
+        question = "" if column is None else _text(doc[column])
+        if self.contract.text.case == "capitalize":
+            question = question.capitalize()
+        if self.noise is not None and self.noise.medium == "text":
+            question = self.noise.apply_text(question, self.key(doc))
+        return question
+
     def doc_to_target(self, doc: Mapping[str, Any]) -> Any:
         """The reference answer, as logs show it; "" where it cannot be scored."""
         try:
-            if self.contract.protocol == "vqa":
-                return self._references(doc)
-            if self.contract.protocol == "choice":
-                return correct_letter(*self._choices(doc))
-            return format_box(self._target_box(doc)[0])
+            return answers.target(self, doc)
         except TargetError:
             return ""
 
@@ -141,7 +239,21 @@ class Task:
             else:
                 values[key] = value
             values[f"{key}_ci"] = value
-        return values | {"failures": [int(record.failure is not None)], "parse_failures": [int(record.parse_failure)]}
+        for key in protocol_scores(self.contract.protocol, self.contract.candidates, self.contract.extends):
+            failed = record.failure is not None
+            values[key] = values[f"{key}_ci"] = aggregate.score_item(record.scores.get(key), failed, record.image_id)
+        failures, parse_failures = [int(record.failure is not None)], [int(record.parse_failure)]
+        return values | {
+            "failures": failures,
+            "parse_failures": parse_failures,
+            "parse_failure_rate": parse_failures,
+        }
+
+    def doc_to_messages(
+        self, doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Only families that extend a stock task with messages of its own have any; see ``bitquake.tasks.extended``."""
+        raise NotImplementedError(f"{self.file}: the task has no messages of its own")
 
     def record(self, doc: Mapping[str, Any], response: str) -> SampleRecord:
         """Score one response: an envelope of our wrappers, or the plain text of any other model."""
@@ -151,15 +263,19 @@ class Task:
             envelope = decode(response)
         except EnvelopeError as error:
             envelope, failure, detail = Envelope(text=response), "envelope", str(error)
-        if not _text(doc[self.contract.columns.question]).strip():
-            failure, detail = "question", f"question: column {self.contract.columns.question!r} is empty in this row"
+        column = self.contract.columns.question
+        if column is not None and not _text(doc[column]).strip():
+            failure, detail = "question", f"question: column {column!r} is empty in this row"
         elif envelope.error is not None:
             failure, detail = _failure_kind(envelope.error), envelope.error
         elif failure is None:
             try:
-                outcome = self._score(doc, envelope)
+                outcome = self.outcome(doc, envelope)
+                detail = outcome.remark
             except TargetError as error:
                 failure, detail = "target", str(error)
+            except CandidateError as error:
+                failure, detail = "model", str(error)
         confidence = {} if failure else dict(envelope.confidence)
         options = envelope.option_probabilities
         if not failure and options and outcome.answer in options:
@@ -170,7 +286,10 @@ class Task:
             task=self.name,
             world=self.contract.world,
             dataset=self.contract.dataset,
+            dataset_revision=self.revision,
             split=self.split,
+            part=self.part_for_people,
+            shift_from=self.shift_from,
             sample_id=doc[IDS]["sample_id"],
             image_id=doc[IDS]["image_id"],
             protocol=self.contract.protocol,
@@ -193,6 +312,10 @@ class Task:
             truncated=envelope.truncated,
         )
 
+    def outcome(self, doc: Mapping[str, Any], envelope: Envelope) -> Outcome:
+        """Score an answer; see :func:`bitquake.tasks.answers.outcome`."""
+        return answers.outcome(self, doc, envelope)
+
     def check(self, doc: Mapping[str, Any], kwargs: Any) -> None:
         """Refuse a document that was not prepared, and a mapping that would silently change the noise.
 
@@ -208,49 +331,18 @@ class Task:
             )
         if IDS not in doc:
             require_columns(doc, self.contract.columns)
-            raise FamilyError(
-                f"{self.file}: the rows have no column {IDS!r}: process_docs did not run or found sample ids that are "
-                f"not unique in column {self.contract.columns.sample_id!r}"
-            )
+            raise FamilyError(f"{self.file}: {self.problem or 'the rows were not prepared: process_docs did not run'}")
 
-    def _score(self, doc: Mapping[str, Any], envelope: Envelope) -> Outcome:
-        if self.contract.protocol == "vqa":
-            vqa = score_vqa(envelope.text, self._references(doc), self.contract.annotators)
-            both = {"reliable_vqa": vqa.reliable_vqa, "lmms_eval": vqa.lmms_eval}
-            return Outcome(vqa.score, both, vqa.answer)
-        if self.contract.protocol == "choice":
-            options, correct = self._choices(doc)
-            choice = score_choice(envelope.text, options, correct, envelope.option_probabilities)
-            scores = {"strict": choice.strict, "lenient": choice.lenient}
-            if choice.letter is not None:
-                scores["letter"] = choice.letter
-            return Outcome(choice.score, scores, choice.answer, choice.parse_failure)
-        target, size = self._target_box(doc)
-        spaces = self.contract.coordinates
-        space = spaces.get(envelope.model_type, spaces["default"])
-        processed = envelope.processed_sizes[0] if envelope.processed_sizes else None
-        box = score_box(envelope.text, target, space, size, processed)
-        answer = None if box.box is None else "[" + ", ".join(f"{edge:g}" for edge in box.box) + "]"
-        return Outcome(box.score, {"iou": box.iou}, answer, box.parse_failure)
+    def _threshold_of(self) -> str | None:
+        """The shift whose threshold task this is."""
+        shift = self.variant.removesuffix(f"_{THRESHOLD}")
+        return shift if shift != self.variant and shift in self.contract.shifts else None
 
-    def _references(self, doc: Mapping[str, Any]) -> list[str]:
-        column = self.contract.columns.answers
-        answers = doc[column] if column is not None else None
-        if not isinstance(answers, list) or not answers:
-            raise TargetError(f"answers: column {column!r} holds no answers, got {answers!r}")
-        return [answer["answer"] if isinstance(answer, Mapping) else answer for answer in answers]
 
-    def _choices(self, doc: Mapping[str, Any]) -> tuple[list[str], int]:
-        columns = self.contract.columns
-        assert columns.choices is not None and columns.answer is not None  # the family's schema sees to it
-        return doc[columns.choices], doc[columns.answer]
-
-    def _target_box(self, doc: Mapping[str, Any]) -> tuple[Box, tuple[float, float] | None]:
-        column = self.contract.columns.box
-        assert column is not None  # the family's schema sees to it
-        width, height = doc[IDS]["width"], doc[IDS]["height"]
-        size = None if width is None or height is None else (float(width), float(height))
-        return target_box(doc[column], self.contract.box_format, size), size
+@functools.lru_cache(maxsize=4)
+def _corpus(references: References) -> Corpus:
+    # The noisy tasks of a family share their references, and counting n-grams takes seconds.
+    return Corpus.of(references.values)
 
 
 def read_task(file: Path) -> Task:
@@ -271,7 +363,20 @@ def read_task(file: Path) -> Task:
     noise = None
     if written is not None:
         noise = NoiseSpec.from_mapping(written, f"{file}: lmms_eval_specific_kwargs.default.noise")
-    return Task(str(file), config["task"], config["test_split"], noise, written, contract)
+        boxes, question = contract.protocol == "grounding", contract.columns.question is not None
+        if (reason := why_not(noise.name, boxes=boxes, question=question)) is not None:
+            raise FamilyError(f"{file}: lmms_eval_specific_kwargs.default.noise: {noise.name} {reason}")
+    arguments = (str(file), config["task"], config["test_split"], noise, written, contract)
+    kind = Task
+    if contract.extends is not None:
+        from .extended import ExtendedTask
+
+        kind = ExtendedTask
+    task = kind(*arguments)
+    files = (config.get("dataset_kwargs") or {}).get("data_files") or {}
+    if contract.extends is None and files:
+        task.data_file = Path(files[task.split])
+    return task
 
 
 def functions_of(glue_file: str) -> Callable[[str], Callable[..., Any]]:
@@ -283,7 +388,10 @@ def functions_of(glue_file: str) -> Callable[[str], Callable[..., Any]]:
         file = folder / f"{task}.yaml"
         if function not in _FUNCTIONS or not task or not file.is_file():
             raise AttributeError(f"{glue_file}: no function {name!r}: expected FUNCTION__TASK with TASK.yaml beside it")
-        return _FUNCTIONS[function](_cached_task(str(file), file.stat().st_mtime_ns))
+        found = _cached_task(str(file), file.stat().st_mtime_ns)
+        if function == "process_docs":
+            found.see_to_data()
+        return _FUNCTIONS[function](found)
 
     return get
 
@@ -332,12 +440,20 @@ def _process_results(task: Task) -> Callable[[Mapping[str, Any], Sequence[str]],
     return process_results
 
 
+def _doc_to_messages(task: Task) -> Callable[[Mapping[str, Any], Mapping[str, Any]], list[dict[str, Any]]]:
+    def doc_to_messages(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return task.doc_to_messages(doc, lmms_eval_specific_kwargs)
+
+    return doc_to_messages
+
+
 _FUNCTIONS: dict[str, Callable[[Task], Callable[..., Any]]] = {
     "process_docs": _process_docs,
     "doc_to_visual": _doc_to_visual,
     "doc_to_text": _doc_to_text,
     "doc_to_target": _doc_to_target,
     "process_results": _process_results,
+    "doc_to_messages": _doc_to_messages,
 }
 
 

@@ -6,19 +6,26 @@ model's text: no output of a model raises. What is wrong with a *reference* rais
 
 from __future__ import annotations
 
+from .caption import CaptionScore, score_caption
 from .choice import ChoiceScore, score_choice
 from .grounding import BoxScore, iou, score_box
+from .retrieval import CandidateError, RetrievalScore, score_retrieval
 from .targets import TargetError
 from .vqa import VqaScore, normalise, score_vqa
 
 __all__ = [
     "BoxScore",
+    "CandidateError",
+    "CaptionScore",
     "ChoiceScore",
+    "RetrievalScore",
     "TargetError",
     "VqaScore",
     "iou",
     "normalise",
     "score_box",
+    "score_caption",
     "score_choice",
+    "score_retrieval",
     "score_vqa",
 ]

@@ -1,7 +1,8 @@
 """Referring expressions: the first box in a model's text against the annotated one, Acc@0.5.
 
 The coordinate space is declared, never guessed: trying several spaces, or all boxes of a text, and keeping what fits
-the annotation best would raise the accuracy and ruin every confidence.
+the annotation best would raise the accuracy and ruin every confidence. So a box that is written in the other form
+(numbers where location tokens are declared, or the reverse) is a parse failure.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from .targets import READ_CHARACTERS, TargetError, readable
+from .targets import READ_CHARACTERS, TargetError
 
 Box = tuple[float, float, float, float]
 """(x1, y1, x2, y2): edges in pixels, right and bottom exclusive, so that the width is x2 - x1."""
-Space = Literal["unit", "thousand", "pixels", "processed"]
+Space = Literal["unit", "thousand", "pixels", "processed", "location_tokens"]
 BoxFormat = Literal["xywh", "xyxy"]
 
 IOU_THRESHOLD = 0.5
@@ -27,6 +28,9 @@ _GAP = r"\s*(?:,|\s)\s*"
 _PAIR_GAP = r"\s*(?:[)\]]\s*,?\s*[(\[]|,|\s)\s*"
 _FOUR = re.compile(rf"[\[(<{{]\s*[\[(]?\s*{_NUMBER}{_GAP}{_NUMBER}{_PAIR_GAP}{_NUMBER}{_GAP}{_NUMBER}\s*[\])>}}]")
 _BARE_FOUR = re.compile(rf"\A\s*{_NUMBER}{_GAP}{_NUMBER}{_GAP}{_NUMBER}{_GAP}{_NUMBER}\s*\.?\s*\Z")
+# PaliGemma: <loc0102><loc0204><loc0511><loc0767> the dog
+_LOCATIONS = re.compile(r"\s*".join([r"<loc(\d{4})>"] * 4))
+_LOCATION_BINS = 1024.0
 _TAGS = re.compile(r"<\|?/?[A-Za-z_]{1,40}\|?>")
 
 
@@ -42,14 +46,32 @@ class BoxScore(NamedTuple):
         return self.box is None
 
 
-def first_box(text: str) -> Box | None:
-    """The first four numbers that are written as a box, in whatever space they are; None where there are none."""
-    text = readable(_TAGS.sub(" ", text[:READ_CHARACTERS]))
-    match = _FOUR.search(text) or _BARE_FOUR.search(text)
+class WrittenBox(NamedTuple):
+    """A box as a model wrote it.
+
+    box: (x1, y1, x2, y2), in whatever space; spans: (begin, end) of each of these four numbers in the text;
+    location_tokens: whether they are ``<loc0000>`` to ``<loc1023>``, which PaliGemma writes as y1, x1, y2, x2.
+    """
+
+    box: Box
+    spans: tuple[tuple[int, int], ...]
+    location_tokens: bool = False
+
+
+def find_box(text: str) -> WrittenBox | None:
+    """The first four numbers, or location tokens, that are written as a box; None where there are none."""
+    text = _TAGS.sub(lambda tag: " " * len(tag[0]), text[:READ_CHARACTERS])
+    # runs of blanks collapsed, as in readable(), and each character's place kept
+    places = [i for i, sign in enumerate(text) if not sign.isspace() or (i and not text[i - 1].isspace())]
+    read = "".join(" " if text[i].isspace() else text[i] for i in places)
+    numbers, tokens = _FOUR.search(read) or _BARE_FOUR.search(read), _LOCATIONS.search(read)
+    by_token = tokens is not None and (numbers is None or tokens.start() < numbers.start())
+    match, order = (tokens, (2, 1, 4, 3)) if by_token else (numbers, (1, 2, 3, 4))
     if match is None:
         return None
-    a, b, c, d = (float(number) for number in match.groups())
-    return a, b, c, d
+    x1, y1, x2, y2 = (float(match[i]) for i in order)
+    spans = tuple((places[match.start(i)], places[match.end(i) - 1] + 1) for i in order)
+    return WrittenBox((x1, y1, x2, y2), spans, by_token)
 
 
 def to_pixels(box: Box, space: Space, size: tuple[float, float], processed: tuple[float, float] | None = None) -> Box:
@@ -58,14 +80,24 @@ def to_pixels(box: Box, space: Space, size: tuple[float, float], processed: tupl
     Args:
         box: (x1, y1, x2, y2) as the model wrote it.
         space: ``unit`` (0 to 1), ``thousand`` (0 to 1000), ``pixels`` (of the picture), ``processed`` (pixels of the
-            picture as the model's processor resized it).
+            picture as the model's processor resized it), ``location_tokens`` (PaliGemma's 1024 bins; big_vision reads
+            bin i as i / 1024).
         size: (width, height) of the picture.
-        processed: (width, height) that the processor resized to; None means it did not resize.
+        processed: (width, height) that the processor resized to; needed for ``processed``.
+
+    Raises:
+        TargetError: it is needed and not known.
     """
     if space == "pixels":
         return box
-    spans = {"unit": (1.0, 1.0), "thousand": (1000.0, 1000.0), "processed": processed or size}
-    sx, sy = size[0] / spans[space][0], size[1] / spans[space][1]
+    if space == "processed":
+        if processed is None:
+            raise TargetError("box: the size that the processor resized to is not known, and coordinates count from it")
+        spans = processed
+    else:
+        span = {"unit": 1.0, "thousand": 1000.0, "location_tokens": _LOCATION_BINS}[space]
+        spans = (span, span)
+    sx, sy = size[0] / spans[0], size[1] / spans[1]
     return box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy
 
 
@@ -118,7 +150,7 @@ def score_box(
     size: tuple[float, float] | None,
     processed: tuple[float, float] | None = None,
 ) -> BoxScore:
-    """Score the first box in a model's text; a text without one scores 0 and is a parse failure.
+    """Score the first box in a model's text; a text without one of the declared form scores 0: a parse failure.
 
     Args:
         text: the model's answer, as it wrote it.
@@ -128,17 +160,17 @@ def score_box(
         processed: see :func:`to_pixels`.
 
     Raises:
-        TargetError: the picture's size is needed and not known.
+        TargetError: the picture's size, or the processed one, is needed and not known.
     """
-    found = first_box(text)
-    if found is None:
+    found = find_box(text)
+    if found is None or found.location_tokens != (space == "location_tokens"):
         return BoxScore(0.0, 0.0, None)
     if size is None:
         if space != "pixels":
             raise TargetError(f"box: the picture's size is not known, and {space!r} coordinates need it")
-        box = found
+        box = found.box
     else:
-        box = clip(to_pixels(found, space, size, processed), size)
+        box = clip(to_pixels(found.box, space, size, processed), size)
     overlap = iou(box, target)
     return BoxScore(float(overlap >= IOU_THRESHOLD), overlap, box)
 

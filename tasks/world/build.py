@@ -69,6 +69,25 @@ def _schema(family: str) -> Any:
             **ids,
             "image_id": text,
         },
+        "block_coco_caption": {
+            "question_id": text,
+            "image": image,
+            "question": text,
+            "answer": pa.list_(text),
+            "id": number,
+            "file_name": text,
+            **ids,
+            "image_id": text,
+        },
+        "block_flickr_retrieval": {
+            "image": image,
+            "caption": pa.list_(text),
+            "sentids": pa.list_(text),
+            "img_id": text,
+            "filename": text,
+            **ids,
+            "image_id": text,
+        },
     }
     fields = columns.get(family, columns["vqa"])
 

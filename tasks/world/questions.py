@@ -147,13 +147,13 @@ def _centre(block: Block) -> tuple[float, float]:
     return block.x + block.w / 2, block.y + block.h / 2
 
 
-_SIDES: dict[str, Callable[[Block, Block], float]] = {
+SIDES: dict[str, Callable[[Block, Block], float]] = {
     "left of": lambda a, b: _centre(b)[0] - _centre(a)[0],
     "right of": lambda a, b: _centre(a)[0] - _centre(b)[0],
     "above": lambda a, b: _centre(b)[1] - _centre(a)[1],
     "below": lambda a, b: _centre(a)[1] - _centre(b)[1],
 }
-_CLEAR = 5.0
+CLEAR = 5.0
 """How far apart, in pixels, centres must lie before a relation is asked about."""
 
 
@@ -162,12 +162,12 @@ def _beside(scene: Scene, rng: random.Random) -> Question | None:
     if len(candidates) < 2:
         return None
     i, j = rng.sample(candidates, 2)
-    side = rng.choice(list(_SIDES))
-    distance = _SIDES[side](scene.blocks[i], scene.blocks[j])
-    if abs(distance) < _CLEAR:
+    side = rng.choice(list(SIDES))
+    distance = SIDES[side](scene.blocks[i], scene.blocks[j])
+    if abs(distance) < CLEAR:
         return None
     text = f"is the {scene.blocks[i].shape} {side} the {scene.blocks[j].shape}?"
-    return Question(text, "relation", "yes/no", lambda s: _yes(_SIDES[side](s.blocks[i], s.blocks[j]) > 0))
+    return Question(text, "relation", "yes/no", lambda s: _yes(SIDES[side](s.blocks[i], s.blocks[j]) > 0))
 
 
 def _same(key: str, *, by: tuple[str, ...]) -> Maker:
@@ -238,12 +238,12 @@ def _related(target: str) -> Maker:
     def make(scene: Scene, rng: random.Random) -> Question | None:
         anchors = _unique(scene, "color", "shape")
         rng.shuffle(anchors)
-        sides = list(_SIDES)
+        sides = list(SIDES)
         rng.shuffle(sides)
         for j in anchors:
             anchor = scene.blocks[j]
             for side in sides:
-                on_side = [i for i, b in enumerate(scene.blocks) if i != j and _SIDES[side](b, anchor) > _CLEAR]
+                on_side = [i for i, b in enumerate(scene.blocks) if i != j and SIDES[side](b, anchor) > CLEAR]
                 shapes = [scene.blocks[i].shape for i in on_side]
                 for i in on_side:
                     shape = scene.blocks[i].shape
@@ -415,8 +415,12 @@ def science_prompt(question: ScienceQuestion) -> str:
     return f"{question.hint} {question.text} {lettered(question.choices)}"
 
 
+_CAPTION_WORDS = ("and", "describe", "picture", "three", "two", "with")
+"""Words that only captions use, which came later: at the end, so that the others keep their token ids."""
+
+
 def words() -> list[str]:
-    """Every word and sign that a block-world prompt or answer can contain, the numbers last."""
+    """Every word and sign that a block-world prompt or answer can contain: words, the numbers, words of captions."""
     texts = [*COLORS, *SHAPES, *map(plural, SHAPES), *SIZES, *TEXTURES, "object objects"]
     texts += [
         "what",
@@ -460,4 +464,4 @@ def words() -> list[str]:
     texts += [rule.replace("{word}", "") + " " + text for _, rule, text, _ in _RULES]
     signs = [*"?.,:()[]", *LETTERS]
     tokens = {word for text in texts for word in text.replace("?", " ").replace(".", " ").split()}
-    return [*sorted(tokens | set(signs)), *map(str, range(65))]
+    return [*sorted(tokens | set(signs)), *map(str, range(65)), *_CAPTION_WORDS]

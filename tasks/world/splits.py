@@ -15,11 +15,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import questions, scenes
+from . import captions, questions, scenes
 from .annotators import N_ANNOTATORS, perceive
 from .degradations import degrade
 
-FAMILIES = ("block_vqav2", "block_advqa", "block_vizwiz", "block_refcocoplus", "block_scienceqa")
+FAMILIES = (
+    "block_vqav2",
+    "block_advqa",
+    "block_vizwiz",
+    "block_refcocoplus",
+    "block_scienceqa",
+    "block_coco_caption",
+    "block_flickr_retrieval",
+)
+"""New families go to the end: the place of a family decides its scenes' seeds."""
 SPLITS = ("train", "calibration", "threshold", "test")
 WORLD_SEED = 20_261
 
@@ -28,7 +37,7 @@ _TRAIN_BASE = 1 << 44
 
 
 class Size(NamedTuple):
-    """Number of questions, and how many are asked on one picture at most."""
+    """Number of questions (or pictures to describe), and how many are asked on one picture at most."""
 
     questions: int
     per_image: int
@@ -40,6 +49,8 @@ SIZES: dict[str, dict[str, Size]] = {
     "block_vizwiz": {"test": Size(2_000, 2), "threshold": Size(1_000, 2), "calibration": Size(128, 2)},
     "block_refcocoplus": {"test": Size(2_000, 3), "threshold": Size(1_000, 3), "calibration": Size(256, 3)},
     "block_scienceqa": {"test": Size(2_000, 2), "threshold": Size(1_000, 2), "calibration": Size(128, 2)},
+    "block_coco_caption": {"test": Size(1_000, 1), "threshold": Size(500, 1), "calibration": Size(128, 1)},
+    "block_flickr_retrieval": {"test": Size(1_000, 1), "threshold": Size(500, 1), "calibration": Size(128, 1)},
 }
 
 
@@ -176,6 +187,22 @@ def _science_rows(split: str, index: int, per_image: int) -> Iterator[dict[str, 
         }
 
 
+def _caption_rows(family: str, split: str, index: int) -> Iterator[dict[str, Any]]:
+    seed = scene_seed(family, split, index)
+    scene = scenes.sample_scene(seed, captions.MIN_OBJECTS, captions.MAX_OBJECTS)
+    said = captions.captions(scene)
+    number = _place(family, split) * 10_000_000 + index
+    image = {"bytes": encode_image(scenes.render(scene)), "path": None}
+    name = f"block_{split}_{index:06d}.webp"
+    ids = {"sample_id": f"{split}-{index}", "image_id": f"{split}-{index}"}
+    if family == "block_coco_caption":
+        asked = {"question_id": name, "image": image, "question": captions.PROMPT, "answer": said, "id": number}
+        yield {**asked, "file_name": name, **ids}
+    else:
+        sentences = [str(number * len(said) + k) for k in range(len(said))]
+        yield {"image": image, "caption": said, "sentids": sentences, "img_id": str(number), "filename": name, **ids}
+
+
 def rows(family: str, split: str) -> Iterator[dict[str, Any]]:
     """All rows of a shipped split, in order. Raises ValueError for a family or split that is not shipped."""
     scene_seed(family, split, 0)
@@ -188,8 +215,10 @@ def rows(family: str, split: str) -> Iterator[dict[str, Any]]:
             found = _vizwiz_rows(split, index, per_image)
         elif family == "block_refcocoplus":
             found = _refcoco_rows(split, index, per_image)
-        else:
+        elif family == "block_scienceqa":
             found = _science_rows(split, index, per_image)
+        else:
+            found = _caption_rows(family, split, index)
         for row in found:
             if given < total:
                 given += 1

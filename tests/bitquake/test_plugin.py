@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import shutil
 import subprocess
 import sys
 import types
@@ -133,11 +134,21 @@ def test_our_own_files_found_by_include_path_are_no_clash(tmp_path: Path) -> Non
     name, file = next(iter(builtin_index().tasks.items()))
     again = add_tasks({name: {"type": "task", "yaml_path": str(file)}})
     assert again[name]["yaml_path"] == str(file)
-    copy = tmp_path / file.name
-    copy.write_bytes(file.read_bytes())
+    copy = shutil.copytree(file.parent, tmp_path / "copy") / file.name
     assert add_tasks({name: {"type": "task", "yaml_path": str(copy)}})[name]["yaml_path"] == str(file)
-    copy.write_text("task: x\n")
-    with pytest.raises(TaskNameClash):
+
+
+@pytest.mark.parametrize("edited", ["the task's file", "_base_yaml", "glue.py"])
+def test_an_edited_copy_of_ours_is_refused(edited: str, tmp_path: Path) -> None:
+    """lmms-eval would run ours under the name of theirs, or the other way round."""
+    name, file = next(iter(builtin_index().tasks.items()))
+    copy = shutil.copytree(file.parent, tmp_path / "copy") / file.name
+    changed = copy if edited == "the task's file" else copy.parent / edited
+    changed.write_text(changed.read_text() + "# edited\n")
+    with pytest.raises(TaskNameClash, match="edited copy"):
+        add_tasks({name: {"type": "task", "yaml_path": str(copy)}})
+    changed.unlink()
+    with pytest.raises(TaskNameClash, match=name):
         add_tasks({name: {"type": "task", "yaml_path": str(copy)}})
 
 

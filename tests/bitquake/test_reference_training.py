@@ -13,11 +13,12 @@ from PIL import Image
 
 from bitquake import reference_training as training
 from bitquake.model_wrappers.checkpoints import architecture
-from bitquake.tasks.world import questions, scenes
+from bitquake.tasks.world import captions, questions, scenes
+from bitquake.tasks.world.annotators import N_ANNOTATORS
 
 TINY = training.Recipe(
     width=32, depth=1, vision_width=32, vision_depth=1, images=2, questions=4, see_images=2, see_steps=4, speak_steps=6,
-    warmup=2, ramp=(2, 3, 4, 5, 6), hard_from=2,
+    warmup=2, ramp=(2, 3, 4, 5, 6), hard_from=2, describe_steps=4, describe_warmup=1,
 )  # fmt: skip
 
 
@@ -61,7 +62,42 @@ def test_packed_questions_do_not_see_each_other(vocabulary: training.Vocabulary)
     assert loss(found) == pytest.approx(float((weights * alone).sum() / weights.sum()), rel=1e-4)
 
 
-def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_are_learned_in_the_last_stage_only(vocabulary: training.Vocabulary) -> None:
+    """Each is one annotator's caption of the very scene, ends where the text ends, and weighs as the recipe says."""
+    recipe, end = training.Recipe(), vocabulary.tokenizer.eos_token_id
+    prompt = vocabulary.ids(captions.PROMPT + architecture.ASSISTANT)
+    for seed in range(30):
+        scene = scenes.sample_scene(seed)
+        early = training.examples(scene, random.Random(seed), vocabulary, recipe, 6000)
+        late = training.examples(scene, random.Random(seed), vocabulary, recipe, 10, describe=True)
+        assert not [example for example in early if example.prompt == prompt]
+        described = [example for example in late if example.prompt == prompt]
+        if not captions.MIN_OBJECTS <= len(scene.blocks) <= captions.MAX_OBJECTS:
+            assert not described
+            continue
+        said = {tuple(vocabulary.ids(captions.caption(scene, annotator))) for annotator in range(N_ANNOTATORS)}
+        assert len(described) == recipe.describe_captions
+        for example in described:
+            assert tuple(example.answer[:-1]) in said and example.answer[-1] == end
+            assert example.weights == [recipe.caption_weight] * len(example.answer)
+
+
+def test_the_learning_rate_of_each_stage_warms_up_stays_and_falls() -> None:
+    recipe = training.Recipe()
+    for stage, peak, steps in (
+        ("see", 1e-3, recipe.see_steps),
+        ("speak", recipe.rate, recipe.speak_steps),
+        ("describe", recipe.describe_rate, recipe.describe_steps),
+    ):
+        rates = [training.rate_at(recipe, step, stage) for step in range(steps)]
+        assert max(rates) == rates[steps // 2] == pytest.approx(peak) and rates[0] < peak / 50
+        assert rates[-1] < rates[3 * steps // 4] < peak
+
+
+@pytest.mark.parametrize(("saves", "stage"), [(3, "speak"), (5, "describe")])
+def test_an_interrupted_training_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int, stage: str
+) -> None:
     torch.set_num_threads(1)
     whole = training.train(tmp_path / "whole", TINY, save_every=3)
     real_save, calls = training._save, []
@@ -69,14 +105,15 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, monk
     def save_then_die(*arguments: object) -> None:
         real_save(*arguments)  # type: ignore[arg-type]
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == saves:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "_save", save_then_die)
     with pytest.raises(KeyboardInterrupt):
         training.train(tmp_path / "cut", TINY, save_every=3)
     monkeypatch.undo()
-    assert json.loads((tmp_path / "cut" / "progress.json").read_text())["step"] < TINY.speak_steps
+    stopped = json.loads((tmp_path / "cut" / "progress.json").read_text())
+    assert (stopped["stage"], stopped["step"]) == (stage, 3)
     resumed = training.train(tmp_path / "cut", TINY, save_every=3)
     from safetensors.torch import load_file
 

@@ -22,6 +22,7 @@ from bitquake.model_wrappers.confidence import (
     option_probabilities,
     read_answer,
 )
+from bitquake.tasks.scoring.grounding import find_box
 
 
 @pytest.fixture(scope="module")
@@ -255,10 +256,29 @@ def test_no_box_no_confidence(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["(12,34),(56,78)", "[0.12, 0.34, 0.56, 0.78]", "12 34 56 78", "-1 2 3 4", "<12><34><56><78>"]
+    "text",
+    [
+        "(12,34),(56,78)",
+        "[0.12, 0.34, 0.56, 0.78]",
+        "12 34 56 78",
+        "-1 2 3 4",
+        "<box>  ( 12, 34 ),\n\n(56,78)</box>",
+        "  [[12,\t34], [.56, -78.]]  ",
+    ],
 )
 def test_box_forms_of_the_models(text: str) -> None:
     answer = read_answer(_CHARACTERS, _CHARACTERS.encode(text), frozenset(), with_ends=True)
     p = np.where([c.isdigit() or c in ".-" for c in text], 0.5, 1.0)
     got = box_confidences(answer.text, answer.ends, np.log(p))
     assert got["box_joint"] == pytest.approx(math.prod(p))
+
+
+@given(st.text(alphabet="[](){}<>,. \n\t1290-+box/|", max_size=60) | st.text(alphabet="[], 12.", max_size=30))
+def test_the_box_of_the_confidence_is_the_one_that_is_scored(text: str) -> None:
+    found = find_box(text)
+    answer = read_answer(_CHARACTERS, _CHARACTERS.encode(text), frozenset(), with_ends=True)
+    got = box_confidences(answer.text, answer.ends, np.log(np.full(len(text), 0.5)))
+    assert (got["box_joint"] is None) == (found is None)
+    if found is not None:
+        assert tuple(float(text[begin:end]) for begin, end in found.spans) == found.box
+        assert got["box_joint"] == pytest.approx(0.5 ** sum(end - begin for begin, end in found.spans))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import cv2
@@ -104,3 +105,12 @@ def test_flakes_grow_with_the_picture_in_scaled_mode() -> None:
 
     assert reach(448) / reach(224) == pytest.approx(2, rel=0.2)
     assert reach(112) / reach(224) == pytest.approx(0.5, rel=0.3)  # averaged over pixels, which are twice as large
+
+
+def test_a_line_of_pixels_scaled_down_takes_no_gigabytes() -> None:
+    """Its flakes are hundreds of times finer than its pixels."""
+    tracemalloc.start()
+    apply(np.zeros((1, 30_000, 3), np.uint8), "snow", severity=5, key=SampleKey("d", "s", "line"), mode="scaled")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 * 2**20

@@ -157,6 +157,11 @@ def test_the_answer_format_stays_where_it_stands_in_the_question() -> None:
         "\nAnswer the question using a single word or phrase.",
         " Please answer with yes or no.",
         "\nAnswer with the option's letter from the given choices directly.",
+        " Give a one-word answer.",
+        " Use a single word.",
+        " Return only the letter of the right choice.",
+        " Your answer should be yes or no.",
+        "\nPlease keep your answer short.",
         "\nWhen the provided information is insufficient, respond with 'Unanswerable'.",
         "\nA. a small horse\nB. a large cow",
         "\n(A) grass (B) nothing at all",
@@ -175,6 +180,8 @@ def test_what_is_protected_is_what_is_documented() -> None:
         "Louis XIV saw 3 mixed hats": "______XIV_____3___________",
         "it's 'this one' dogs' toys": "_____'this one'___________",
         "I'd say a dog": "________a____",
+        "State the number of red dogs.": "_" * 29,
+        "What is this, in a single word?": "______________in a single word_",
         "三只猫": "三__",
     }
     for text, expected in cases.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 import pytest
 
@@ -19,11 +20,13 @@ TOUCHING = {
 }  # fmt: skip
 
 
-def variants(word: str, name: str) -> set[str]:
-    return {
+@lru_cache
+def variants(word: str, name: str) -> frozenset[str]:
+    """What a word becomes in a thousand samples: an edit of probability 1 % is missed once in 20,000."""
+    return frozenset(
         apply_text(f"the {word} there", name, severity=5, key=SampleKey("d", "s", str(i))).split(" ")[1]
-        for i in range(3000)
-    }
+        for i in range(1000)
+    )
 
 
 def test_keyboard_neighbours_touch() -> None:

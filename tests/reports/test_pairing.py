@@ -132,6 +132,8 @@ def drop(task: str, keep: slice) -> Edit:
         (change(CLEAN, 60, noise={"name": "fog", "severity": 1, "seed": 7, "version": 1}), "noise"),
         (change(CLEAN, 60, subset="abc"), "subset abc vs "),
         (change(CLEAN, 60, split="val"), "split val vs test"),
+        (change(CLEAN, 60, part="test, 40 ids of mine.json"), "part test, 40 ids of mine.json vs the whole split"),
+        (change(CLEAN, 60, shift_from="other_clean"), "shift from other_clean vs none"),
     ],
 )
 def test_other_pictures_prompts_or_data_refuse_that_task_only(runs: Runs, edit: Edit, named: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import csv
 import gzip
+import itertools
 import json
 import os
 import re
@@ -105,15 +106,16 @@ def arrays(model: Model, task: Task) -> Samples:
 
 def test_the_page_shows_independently_computed_numbers(written: tuple[Runs, list[Path], ReportResult]) -> None:
     twin, model = standard_models()[0], standard_models()[3]
-    page = Page((written[2].index.parent / "block-vqav2.html").read_text())
-    rows = [row for row in page.rows if len(row) == 13 and row[0].startswith("rtn-int3-g64")]
-    assert len(rows) == 7  # clean, two noises at three severities, in the order of the page
+    names = ("block-vqav2.html", "block-vqav2--contrast.html", "block-vqav2--gaussian-noise.html")
+    found = [row for name in names for row in Page((written[2].index.parent / name).read_text()).rows]
+    rows = [row for row in found if len(row) == 14 and row[0].startswith("rtn-int3-g64")]
+    assert len(rows) == 7  # clean, two noises at three severities, in the order of the pages
     order = [Task(n=60), *(noisy(n, s, n=60) for n in ("contrast", "gaussian_noise") for s in (1, 3, 5))]
     for row, task in zip(rows, order, strict=True):
         samples, baseline = arrays(model, task), arrays(twin, task)
         value = evaluate(*samples, metrics=["accuracy", "aurc"], replicates=100, seed=0)
         change = compare(samples, baseline, metrics=["accuracy", "aurc"], replicates=100, seed=0)
-        for column, key in ((1, "accuracy"), (5, "aurc")):
+        for column, key in ((1, "accuracy"), (6, "aurc")):
             v, d = value[key], change[key]
             numbers = re.findall(r"[+−]?\d+\.\d", row[column])
             expected = [f"{100 * x:.1f}" for x in (v.value, v.lo, v.hi)]
@@ -125,7 +127,11 @@ def test_the_page_shows_independently_computed_numbers(written: tuple[Runs, list
 
 def test_pages_are_well_formed_and_ask_nobody_for_anything(written: tuple[Runs, list[Path], ReportResult]) -> None:
     found = pages(written[2])
-    assert set(found) == {"index.html", "models.html", "block-vqav2.html", "block-advqa.html"}
+    families = {"block-vqav2.html", "block-advqa.html"}
+    assert set(found) == {
+        *("index.html", "models.html", "block-vqav2--contrast.html", "block-vqav2--gaussian-noise.html"),
+        *families,
+    }
     for name, text in found.items():
         page = Page(text)
         assert "//" not in text, name
@@ -155,9 +161,18 @@ def test_pages_are_well_formed_and_ask_nobody_for_anything(written: tuple[Runs, 
 
 
 def test_charts_are_valid_drawings_within_their_frame(written: tuple[Runs, list[Path], ReportResult]) -> None:
-    charts = re.findall(r'<svg class="chart".*?</svg>', pages(written[2])["block-vqav2.html"], re.S)
-    assert len(charts) == 6 + 7 * 5  # two noises by three metrics; per condition one curve and four diagrams
-    for chart in charts:
+    found = {
+        name: re.findall(r'<svg class="chart".*?</svg>', text, re.S)
+        for name, text in pages(written[2]).items()
+        if name.startswith("block-vqav2")
+    }
+    # A condition has one curve and four diagrams, a noise three charts over its severities.
+    expected = {"block-vqav2.html": 5 + 2 * 3, "block-vqav2--contrast.html": 3 + 3 * 5}
+    assert {name: len(charts) for name, charts in found.items()} == {
+        **expected,
+        "block-vqav2--gaussian-noise.html": 3 + 3 * 5,
+    }
+    for chart in itertools.chain(*found.values()):
         root = ElementTree.fromstring(chart)
         assert root.findtext("title") and root.findtext("desc")
         numbers = [float(n) for path in root.iter("path") for n in re.findall(r"[ML]([\d.]+) ", path.get("d", ""))]
@@ -192,7 +207,7 @@ def test_report_json_fits_its_published_schema(written: tuple[Runs, list[Path], 
     report = json.loads((site / "report.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(report, schema)
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     del report["cells"][0]["n"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(report, schema)
@@ -234,7 +249,8 @@ def test_hostile_text_makes_no_tags_and_breaks_nothing(runs: Runs, text: str) ->
 
     def spoil(task: str, found: list[SampleRecord]) -> list[SampleRecord]:
         lost = {"failure": "model", "failure_detail": text, "score": 0.0, "confidence": {}}
-        new = {"family": text, "task": f"{text}_{found[0].variant}", "dataset": text}
+        new = {"family": text, "task": f"{text}_{found[0].variant}", "dataset": text, "part": text, "shift_from": text}
+        new |= {"scores": {text: 1.0}, "protocol": "stock"}
         return [r.model_copy(update={**new, **(lost if i < 2 else {})}) for i, r in enumerate(found)]
 
     def plain(task: str, found: list[SampleRecord]) -> list[SampleRecord]:

@@ -36,7 +36,8 @@ def test_no_image_id_is_in_two_splits_and_no_sample_id_twice(one: Loaded) -> Non
 def test_every_reference_can_be_scored_and_the_best_answer_scores_well(one: Loaded) -> None:
     family, columns = one.family, one.family.columns
     assert family.dataset.files is not None
-    names = [name for name in (columns.answers, columns.choices, columns.answer, columns.box) if name]
+    declared = (columns.answers, columns.choices, columns.answer, columns.box, columns.captions)
+    names = [name for name in declared if name]
     for row in pq.read_table(one.data_file(family.dataset.files["test"]), columns=names).to_pylist():
         if family.protocol == "vqa":
             answers = [a["answer"] if isinstance(a, dict) else a for a in row[columns.answers]]
@@ -47,6 +48,8 @@ def test_every_reference_can_be_scored_and_the_best_answer_scores_well(one: Load
             assert score_choice(
                 row[columns.choices][row[columns.answer]], row[columns.choices], row[columns.answer]
             ).score
+        elif columns.captions:
+            assert len(row[columns.captions]) == 5 and all(len(text.split()) >= 5 for text in row[columns.captions])
         else:
             box = target_box(row[columns.box], family.box_format, (64, 64))
             assert 0 <= box[0] < box[2] <= 64 and 0 <= box[1] < box[3] <= 64

@@ -15,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitquake.envelope import Envelope
-from bitquake.noise import ImageError, SampleKey, apply, load_rgb
+from bitquake.noise import ImageError, SampleKey, apply, apply_text, load_rgb, move_box
 from bitquake.records import SampleRecord
 from bitquake.tasks import aggregate
+from bitquake.tasks.contract import CANDIDATES
 from bitquake.tasks.documents import IDS
 from bitquake.tasks.expand import task_files
 from bitquake.tasks.families import FamilyError, load_family
 from bitquake.tasks.glue import Task, functions_of, read_task
+from bitquake.tasks.scoring.caption import Corpus, score_caption
+from bitquake.tasks.scoring.grounding import format_box
 
 IDS_OF = {"sample_id": "s1", "image_id": "i1", "width": 64, "height": 64, "subset": ""}
 VQA = """
@@ -325,3 +328,299 @@ def test_aggregations_without_confidence_or_samples_are_not_available() -> None:
     for name in ("phi_10", "median", "ece_15_ci_ci"):
         with pytest.raises(AttributeError, match="no aggregation"):
             getattr(aggregate, name)
+
+
+TEXTUAL = VQA.replace("names: [fog]", "names: [fog, keyboard_typos]").replace("severities: [3]", "severities: [5]")
+
+
+def test_a_text_noise_changes_the_question_alone(make_task: MakeTask, make_picture: Callable[..., bytes]) -> None:
+    science = CHOICE + "variants: {noise: {names: [keyboard_typos], severities: [5]}}\n"
+    clean, noisy = make_task(science), make_task(science, "tiny_keyboard_typos_5")
+    doc = {
+        "question": "which of the colours below is darker",
+        "choices": ["red apples", "blue"],
+        "answer": 1,
+        "hint": "look at the picture",
+        IDS: IDS_OF,
+        "image": make_picture(1),
+    }
+    kwargs = {"pre_prompt": "<", "post_prompt": ">"}
+    plain = clean.doc_to_text(doc, kwargs_of(clean) | kwargs)
+    key = SampleKey("someone/science", "test", "s1")
+    typed = apply_text(doc["question"], "keyboard_typos", severity=5, key=key)
+    assert typed != doc["question"]
+    assert noisy.doc_to_text(doc, kwargs_of(noisy) | kwargs) == plain.replace(doc["question"], typed)
+    [picture] = noisy.doc_to_visual(doc, kwargs_of(noisy))
+    assert np.array_equal(np.asarray(picture), load_rgb(make_picture(1)))
+    assert noisy.record(doc, "B").noise["name"] == "keyboard_typos"  # type: ignore[index]
+    assert noisy.record(doc, "B").score == 1.0
+
+
+def test_an_image_noise_leaves_the_question(make_task: MakeTask) -> None:
+    clean, foggy = make_task(TEXTUAL), make_task(TEXTUAL, "tiny_fog_5")
+    assert clean.doc_to_text(vqa_doc(), kwargs_of(clean)) == foggy.doc_to_text(vqa_doc(), kwargs_of(foggy)) == "is it?"
+
+
+def test_a_question_written_with_a_capital(make_task: MakeTask) -> None:
+    task = make_task(VQA + "text: {case: capitalize}\n")
+    assert task.doc_to_text(vqa_doc(question="WHAT is It?"), kwargs_of(task)) == "What is it?"
+
+
+SHIFTING = """
+family: tiny
+dataset: {path: someone/science}
+splits: {test: {split: test, part: [0.5, 1.0]}, threshold: {split: test, part: [0.0, 0.5]}}
+columns: {answers: answers}
+protocol: vqa
+shift_from: other_clean
+variants:
+  noise: {names: [fog], severities: [3], subset: {n: 7}}
+  shifts:
+    easy: {split: test, part: [0.5, 1.0], where: {grade: [g1, g2]}, shift_from: null}
+    hard: {split: test, part: [0.5, 1.0], where: {grade: [g3]}, shift_from: easy}
+    away: {split: elsewhere}
+"""
+
+
+@pytest.mark.parametrize(
+    ("variant", "part", "shift_from"),
+    [
+        ("clean", "test, pictures with hash in [0.5, 1)", "other_clean"),
+        ("threshold", "test, pictures with hash in [0, 0.5)", "other_clean"),
+        ("fog_3", "test, pictures with hash in [0.5, 1)", "other_clean"),
+        ("easy", "test, pictures with hash in [0.5, 1), rows where grade is g1 or g2", ""),
+        ("easy_threshold", "test, pictures with hash in [0, 0.5), rows where grade is g1 or g2", ""),
+        ("hard", "test, pictures with hash in [0.5, 1), rows where grade is g3", "tiny_easy"),
+        ("away", "", "tiny_clean"),
+    ],
+)
+def test_rows_of_a_variant_and_what_it_is_shifted_from(
+    make_task: MakeTask, variant: str, part: str, shift_from: str
+) -> None:
+    task = make_task(SHIFTING, f"tiny_{variant}")
+    record = task.record(vqa_doc(), "yes")
+    assert (record.variant, record.part, record.shift_from) == (variant, part, shift_from)
+    assert record.split == ("elsewhere" if variant == "away" else "test")
+
+
+def test_the_subset_is_for_noisy_tasks_and_full_ones_leave_it_out(make_task: MakeTask) -> None:
+    rows = [{"question": f"q{i}", "answers": ["yes"] * 10, "image": None, "grade": f"g{i % 3 + 1}"} for i in range(200)]
+    dataset = datasets.Dataset.from_list(rows)
+    counts, subsets = {}, {}
+    for variant in ("clean", "fog_3", "fog_3_full", "easy", "hard", "easy_threshold", "threshold"):
+        ready = make_task(SHIFTING, f"tiny_{variant}").process_docs(dataset)
+        counts[variant], subsets[variant] = len(ready), {row["subset"] for row in ready[IDS]}
+    assert counts["clean"] == counts["fog_3_full"] == counts["easy"] + counts["hard"]
+    assert counts["clean"] + counts["threshold"] == 200
+    assert counts["fog_3"] == 7
+    assert {variant for variant, found in subsets.items() if found != {""}} == {"fog_3"}
+    assert 0 < counts["easy_threshold"] < counts["threshold"]
+
+
+def test_what_is_wrong_with_the_rows_is_said_when_the_task_is_loaded(make_task: MakeTask) -> None:
+    task = make_task(SHIFTING, "tiny_hard")
+    rows = [{"question": "q", "answers": ["yes"] * 10, "image": None, "grade": "g1"} for _ in range(9)]
+    ready = task.process_docs(datasets.Dataset.from_list(rows))
+    with pytest.raises(FamilyError, match=r"tiny_hard.yaml: where.grade: 'g3' occurs in none of the 9 rows"):
+        task.doc_to_text(ready[0], kwargs_of(task))
+    with pytest.raises(FamilyError, match="were not prepared: process_docs did not run"):
+        make_task(SHIFTING).doc_to_text(ready[0], kwargs_of(task))
+
+
+MOVED = BOX.replace("SPACE", "pixels") + "variants: {noise: {names: [rotation, fog], severities: [1, 5]}}\n"
+
+
+def test_boxes_move_with_a_noise_that_moves_things(make_task: MakeTask) -> None:
+    clean, turned, foggy = (make_task(MOVED, f"tiny_{variant}") for variant in ("clean", "rotation_5", "fog_5"))
+    doc = {"question": "the dog", "bbox": [20.0, 8.0, 16.0, 30.0], IDS: IDS_OF}
+    key = SampleKey("someone/boxes", "test", "s1")
+    moved = move_box((20.0, 8.0, 36.0, 38.0), (64, 64), "rotation", severity=5, key=key)
+    assert moved is not None
+    box, size = moved
+    assert box != (20.0, 8.0, 36.0, 38.0)
+    right = Envelope(text=format_box(box), image_sizes=[size]).encode()
+    assert turned.record(doc, right).scores["iou"] > 0.9
+    assert turned.record(doc, right).score == 1.0
+    assert turned.doc_to_target(doc) == format_box(box)
+    assert clean.doc_to_target(doc) == foggy.doc_to_target(doc) == "[20, 8, 36, 38]"
+    assert clean.record(doc, "[20, 8, 36, 38]").scores["iou"] == foggy.record(doc, "[20, 8, 36, 38]").scores["iou"] == 1
+    assert turned.record(doc, "[20, 8, 36, 38]").scores["iou"] < 0.95
+
+
+def test_a_box_that_a_noise_moves_out_of_the_picture_is_a_failed_target(make_task: MakeTask) -> None:
+    task = make_task(MOVED.replace("rotation", "off_centre_crop"), "tiny_off_centre_crop_5")
+    found = []
+    for i in range(40):
+        doc = {"question": "the dog", "bbox": [1.0, 1.0, 4.0, 4.0], IDS: IDS_OF | {"sample_id": f"s{i}"}}
+        found.append(task.record(doc, "[1, 1, 5, 5]"))
+    lost = [record for record in found if record.failure]
+    assert 0 < len(lost) < 40
+    assert {record.failure for record in lost} == {"target"}
+    assert "off_centre_crop at severity 5 leaves too little of (1.0, 1.0, 5.0, 5.0)" in lost[0].failure_detail
+    unsized = {"question": "the dog", "bbox": [1.0, 1.0, 4.0, 4.0], IDS: IDS_OF | {"width": None, "height": None}}
+    assert "the picture's size, which that needs, is not known" in task.record(unsized, "[1, 1, 5, 5]").failure_detail
+
+
+def test_a_picture_of_another_size_than_the_columns_say_is_not_scored(make_task: MakeTask) -> None:
+    task = make_task(BOX.replace("SPACE", "unit"))
+    doc = {"question": "the dog", "bbox": [8.0, 8.0, 16.0, 16.0], IDS: IDS_OF}
+    text = "[0.125, 0.125, 0.375, 0.375]"
+    assert task.record(doc, Envelope(text=text, image_sizes=[(64, 64)]).encode()).score == 1.0
+    record = task.record(doc, Envelope(text=text, image_sizes=[(64, 48)]).encode())
+    assert record.failure == "target" and "was shown one of 64x48" in record.failure_detail
+
+
+@pytest.mark.parametrize(
+    ("yaml", "noise", "reason"),
+    [
+        (BOX.replace("SPACE", "pixels"), "{name: zoom_blur, severity: 3}", "moves things in the picture"),
+        (
+            VQA.replace("answers: answers", "captions: answers").replace("protocol: vqa", "protocol: caption")
+            + "text: {template: Say.}\n",
+            "{name: keyboard_typos, severity: 3}",
+            "columns.question is not set",
+        ),
+    ],
+)
+def test_an_edited_file_cannot_have_a_noise_that_the_family_cannot(
+    make_task: MakeTask, tmp_path: Path, yaml: str, noise: str, reason: str
+) -> None:
+    make_task(yaml)
+    file = tmp_path / "tiny_clean.yaml"
+    file.write_text(file.read_text().replace("noise: null", f"noise: {noise}"))
+    with pytest.raises(FamilyError, match=reason):
+        read_task(file)
+
+
+def test_one_annotator(make_task: MakeTask) -> None:
+    task = make_task(VQA + "annotators: 1\n")
+    for answers in ("Blue", ["Blue"], [{"answer": "Blue"}]):
+        doc = vqa_doc(answers=answers)
+        assert [task.record(doc, text).score for text in ("blue", "the blue.", "red", "")] == [1, 1, 0, 0]
+        assert task.doc_to_target(doc) == ["Blue"]
+    for answers in (["blue", "red"], "", None, [None], [{"a": 1}]):
+        assert task.record(vqa_doc(answers=answers), "blue").failure == "target" or answers == ""
+    assert make_task(VQA).record(vqa_doc(answers="yes"), "yes").failure == "target"
+
+
+CAPTION = """
+family: tiny
+dataset: {path: someone/captions}
+splits: {test: test, threshold: val}
+columns: {captions: answer, sample_id: id, image_id: id}
+protocol: caption
+text: {template: "Describe it."}
+variants: {noise: {names: [fog], severities: [3], subset: {n: 2}}}
+"""
+
+
+def caption_rows(n: int = 12) -> datasets.Dataset:
+    shapes = ("circle", "square", "star", "cross")
+    rows = [
+        {"id": i, "image": None, "answer": [f"a {shapes[i % 4]} in room {i}", f"room {i} has a {shapes[i % 4]}"]}
+        for i in range(n)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+def test_captions_are_scored_by_the_whole_part_whatever_is_evaluated(make_task: MakeTask) -> None:
+    clean, foggy = make_task(CAPTION), make_task(CAPTION, "tiny_fog_3")
+    ready, some = clean.process_docs(caption_rows()), foggy.process_docs(caption_rows())
+    assert (len(ready), len(some)) == (12, 2)
+    references = caption_rows()["answer"]
+    corpus = Corpus.of(references)
+    for doc in some:
+        text = f"a circle in room {doc['id']}"
+        expected = score_caption(text, doc["answer"], corpus).score
+        assert 0 < expected < 1.0
+        record = foggy.record(doc, text)
+        assert record.score == clean.record(doc, text).score == expected
+        assert record.scores == {"cider": expected}
+    assert foggy.corpus() is clean.corpus()  # counted once for both
+    assert clean.doc_to_text(ready[0], kwargs_of(clean)) == "Describe it."
+    assert clean.doc_to_target(ready[3]) == references[3]
+    values = clean.process_results(ready[0], ["a circle in room 0"])
+    assert values["cider"] == values["cider_ci"] == [values["bitquake"]["score"], False, "0"]
+    assert clean.record(ready[0], " ").parse_failure
+    assert clean.record(ready[0] | {"answer": []}, "a circle").failure == "target"
+
+
+def test_captions_need_their_corpus(make_task: MakeTask) -> None:
+    with pytest.raises(FamilyError, match="call it first, in this process"):
+        make_task(CAPTION).record({"id": 0, "answer": ["a"], IDS: IDS_OF}, "a circle")
+
+
+RETRIEVAL = CAPTION.replace("protocol: caption", "protocol: retrieval\ncandidates: {n: 6}")
+
+
+def test_a_retrieval_record(make_task: MakeTask) -> None:
+    task = make_task(RETRIEVAL)
+    doc = task.process_docs(caption_rows())[4]
+    target = doc[IDS]["target"]
+    assert doc[CANDIDATES][target] in doc["answer"]
+    assert task.doc_to_target(doc) == doc[CANDIDATES][target]
+    scores = [-50.0 - i for i in range(6)]
+    scores[target] = -10.0
+    envelope = Envelope(text="ignored", candidate_scores=scores, confidence={"candidates": 0.9})
+    record = task.record(doc, envelope.encode())
+    assert (record.score, record.answer, record.primary) == (1.0, doc[CANDIDATES][target], 0.9)
+    assert record.scores == {"recall_1_of_6": 1.0, "recall_5_of_6": 1.0, "reciprocal_rank": 1.0}
+    scores[target] = -50.0 - (1 if target == 0 else 0)  # the same as another's: the other one stands first
+    record = task.record(doc, envelope.model_copy(update={"candidate_scores": scores}).encode())
+    assert record.score == 0.0 and record.scores["reciprocal_rank"] == 0.5
+    assert record.answer != doc[CANDIDATES][target]
+
+
+def test_retrieval_without_scores_or_with_bad_ones(make_task: MakeTask) -> None:
+    task = make_task(RETRIEVAL)
+    doc = task.process_docs(caption_rows())[4]
+    record = task.record(doc, doc[CANDIDATES][doc[IDS]["target"]])
+    assert record.parse_failure and record.score == 0.0 and record.failure is None
+    assert "a text cannot be ranked" in record.failure_detail
+    values = task.process_results(doc, ["a text"])
+    assert values["parse_failures"] == values["parse_failure_rate"] == [1]
+    assert values["recall_1_of_6"] == [0.0, False, "4"]
+    record = task.record(doc, Envelope(text="", candidate_scores=[0.0] * 5).encode())
+    assert record.failure == "model" and "expected 6, one for each candidate, got 5" in record.failure_detail
+    record = task.record(doc, Envelope(text="", candidate_scores=[0.0] * 6, error="image: broken").encode())
+    assert record.failure == "image"
+    alone = task.process_docs(caption_rows().map(lambda row: {"answer": []} if row["id"] == 4 else row))[4]
+    assert task.record(alone, "").failure == "target"
+    assert task.doc_to_target(alone) == ""
+
+
+def test_a_decompression_bomb_is_one_failed_image(make_task: MakeTask) -> None:
+    import struct
+    import zlib
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    task = make_task(BOX.replace("SPACE", "pixels").replace("bbox}", "bbox, image_id: q, sample_id: q}"))
+    rows = [{"question": "the dog", "q": i, "bbox": [1.0, 1.0, 4.0, 4.0], "image": {"bytes": bomb}} for i in range(2)]
+    ready = task.process_docs(datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()))
+    assert ready[0][IDS]["width"] is None
+    with pytest.raises(ImageError, match=r"image: .*decompression bomb.*task tiny_clean, sample 0"):
+        task.doc_to_visual(ready[0], kwargs_of(task))
+
+
+def test_further_scores_in_the_results_table(make_task: MakeTask) -> None:
+    assert aggregate.score([[1.0, False, "a"], [0.0, False, "b"], [0.0, True, "c"], [0.6, False, "d"]]) == 0.4
+    assert aggregate.cider([[0.1, False, "a"], [0.2, False, "b"]]) == pytest.approx(1.5)
+    # A score that no answer has (letters of a model without probabilities) is no 0.
+    assert aggregate.score([[None, False, "a"], [0.0, True, "b"]]) == "N/A"
+    assert aggregate.score_ci([[None, False, "a"]]) == aggregate.cider_ci([]) == "N/A"
+    assert aggregate.score([[1.0, False, "a"], [None, False, "b"]]) == 0.5
+    assert aggregate.share([[1], [0], [0], [1]]) == 0.5 and aggregate.share([]) == "N/A"
+    items = [[float(i % 3 == 0), False, str(i // 2)] for i in range(90)]
+    low, high = (float(edge) for edge in aggregate.score_ci(items).strip("[]").split(", "))
+    assert low < 1 / 3 < high
+    wide = [10 * edge for edge in (low, high)]
+    assert [float(edge) for edge in aggregate.cider_ci(items).strip("[]").split(", ")] == pytest.approx(wide, abs=1e-3)
+    values = make_task(CHOICE).process_results(
+        {"question": "which?", "choices": ["red", "blue"], "answer": 1, "hint": "", IDS: IDS_OF}, ["(B)"]
+    )
+    assert values["strict"] == [0.0, False, "i1"] and values["lenient"] == [1.0, False, "i1"]
+    assert values["letter"] == values["letter_ci"] == [None, False, "i1"]

@@ -1,0 +1,1 @@
+../../bitquake/config.py

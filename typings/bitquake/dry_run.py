@@ -1,0 +1,1 @@
+../../bitquake/dry_run.py
