@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from hqq.core.quantize import Quantizer
+from machine import machine
 from tabulate import tabulate
 
 from bitquake.model_wrappers.quantizers import load_spec
@@ -86,18 +85,6 @@ def measure(kind: str, shape: tuple[int, int], bits: int, repeats: int) -> dict[
     }
 
 
-def machine() -> dict[str, str | int]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    versions = {name: metadata.version(name) for name in ("torch", "hqq", "bitquake")}
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1024)
@@ -113,7 +100,7 @@ def main() -> None:
         for kind in ("normal", "outliers")
         for bits in arguments.bits
     ]
-    where = machine()
+    where = machine("torch", "hqq", "bitquake")
     print(tabulate(rows, headers="keys"))
     print(
         f"peer: hqq {where['hqq']}, median of {arguments.repeats}; " + ", ".join(f"{k} {v}" for k, v in where.items())

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from machine import machine
 from PIL import Image
 from tabulate import tabulate
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
@@ -121,18 +120,6 @@ def measure(name: str, parts: tuple[Any, Any, list[list[int]]], batch: int, repe
     }
 
 
-def machine() -> dict[str, str | int]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "bitquake")}
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--candidates", type=int, default=100)
@@ -147,7 +134,7 @@ def main() -> None:
         for name, parts in ((REFERENCE, reference(arguments.candidates)), ("qwen2_vl", qwen2_vl(arguments.candidates)))
         for batch in arguments.batch_sizes
     ]
-    where = machine()
+    where = machine("torch", "transformers", "bitquake")
     print(tabulate(rows, headers="keys"))
     print(
         f"peer: full passes, {arguments.candidates} candidates, median of {arguments.repeats}; "

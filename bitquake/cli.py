@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tasks = commands.add_parser("tasks", help="the tasks that Bitquake adds to lmms-eval, and new ones")
     actions = tasks.add_subparsers(dest="action", required=True, metavar="ACTION")
-    path = actions.add_parser("path", help="folder of the expanded YAML (of one family: its folder in there)")
+    path = actions.add_parser("path", help="folder of the expanded YAML, for --include_path")
     listing = actions.add_parser("list", help="all families")
     listing.add_argument("--all", action="store_true", help="every task with its tags")
     show = actions.add_parser("show", help="one family or one task: prompt, dataset, split, noise, metrics")
@@ -137,11 +137,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _COMMANDS[options.command](options)
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stderr.close()
+        return EXIT_OK
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader (head, less) has seen enough
-            sys.stderr.close()
-            return EXIT_OK
-        print(f"bitquake {options.command}: {error}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
+        print(f"bitquake {options.command}: {text}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("bitquake: interrupted", file=sys.stderr)
@@ -193,10 +196,7 @@ def _tasks(options: argparse.Namespace) -> int:
         print(catalog.task_yaml(options.name, options.families), end="")
     else:
         print(tabulate(catalog.show(options.name, options.families), tablefmt="plain", maxcolwidths=[None, 100]))
-    problems = catalog.problems(options.families)
-    for problem in problems:
-        print(f"bitquake tasks: left out: {problem}", file=sys.stderr)
-    return EXIT_PROBLEM if problems else EXIT_OK
+    return EXIT_PROBLEM if _left_out(options.families) else EXIT_OK
 
 
 def _check(file: Path, samples: int, pretrained: str) -> int:
@@ -240,6 +240,10 @@ def _config(options: argparse.Namespace) -> int:
         return EXIT_OK
     settings = config.load_config()
     if options.action == "set" and options.key == "families":
+        if not options.values:
+            raise ValueError(
+                "set families: expected folders, for example `set families my_families`; unset removes them"
+            )
         settings = config.set_families(settings, [Path(value) for value in options.values])
     elif options.action == "set":
         if len(options.values) != 2:
@@ -257,7 +261,19 @@ def _config(options: argparse.Namespace) -> int:
         print(f"split_ids  {family}  {file}")
     if not settings.families and not settings.split_ids:
         print(f"nothing is set in {settings.file}")
+    if options.action in ("set", "show"):
+        _left_out([])
     return EXIT_OK
+
+
+def _left_out(folders: Sequence[Path]) -> bool:
+    """Whether families of the user's are left out; says which and why."""
+    from bitquake.tasks import catalog
+
+    problems = catalog.problems(folders)
+    for problem in problems:
+        print(f"bitquake tasks: left out: {problem}", file=sys.stderr)
+    return bool(problems)
 
 
 def _data(options: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ calls the original and adds our tasks and tags from the index of ``bitquake.task
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.machinery
@@ -48,22 +49,43 @@ def wrap(tasks_module: ModuleType) -> None:
         return
 
     @functools.wraps(original)
-    def initialize_tasks(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return add_tasks(original(self, *args, **kwargs))
+    def initialize_tasks(self: Any, include_path: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        families: list[Path] = []
+        if include_path is not None:
+            given = [include_path] if isinstance(include_path, str) else list(include_path)
+            families = family_folders(given)
+            # lmms-eval reads every YAML file, and ends at the first that is broken: families are ours to read.
+            args = ([folder for folder in given if Path(folder) not in families or _holds_tasks(folder)], *args)
+        return add_tasks(original(self, *args, **kwargs), families)
 
     setattr(initialize_tasks, _MARK, True)
     manager.initialize_tasks = initialize_tasks
 
 
-def add_tasks(index: dict[str, Any]) -> dict[str, Any]:
+def family_folders(include_path: Sequence[str]) -> list[Path]:
+    """Those folders of lmms-eval's ``--include_path`` that hold family files, whose tasks are then known too."""
+    from bitquake.tasks.families import FamilyError, family_files
+
+    found = []
+    for folder in map(Path, include_path):
+        with contextlib.suppress(FamilyError):  # it holds none: task files of lmms-eval's own form, then
+            family_files([folder], built_in=False)
+            found.append(folder)
+    return found
+
+
+def add_tasks(index: dict[str, Any], folders: Sequence[Path] = ()) -> dict[str, Any]:
     """lmms-eval's task index with our tasks and tags in it.
+
+    Args:
+        folders: more folders with family files.
 
     Raises:
         TaskNameClash: a name of ours is in it already, and not for the very same task.
     """
     from bitquake.tasks.expand import builtin_index
 
-    ours = builtin_index()
+    ours = builtin_index(folders)
     for problem in ours.problems:
         warnings.warn(f"bitquake: a task family is left out: {problem}", stacklevel=2)
     shared: dict[tuple[Path, Path], bool] = {}
@@ -87,6 +109,13 @@ def add_tasks(index: dict[str, Any]) -> dict[str, Any]:
         merged = known + [name for name in names if name not in known]
         index[tag] = {"type": "tag", "task": merged, "yaml_path": -1}
     return index
+
+
+def _holds_tasks(folder: str) -> bool:
+    """Whether a folder of families has other YAML files too."""
+    from bitquake.tasks.families import FAMILY_FILE
+
+    return any(file.name != FAMILY_FILE for file in Path(folder).rglob("*.yaml"))
 
 
 def _same_task(present: dict[str, Any], file: Path, shared: dict[tuple[Path, Path], bool]) -> bool:

@@ -71,6 +71,11 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError("image: the file is empty (0 bytes). Fetch it again.")
     try:
         return Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            f"image: {len(data)} bytes claim to hold more pixels than Pillow opens ({error}). If the picture is really "
+            "that large, scale it down; else remove the row."
+        ) from error
     except Exception as error:  # Pillow's decoders raise a dozen unrelated types on hostile bytes
         raise ImageError(
             f"image: {len(data)} bytes that begin with {data[:8]!r} are no image Pillow can open ({error})."

@@ -252,9 +252,9 @@ def _data_problems(loaded: Loaded) -> list[FamilyError]:
     if dataset is None or dataset.path is not None:
         return []
     columns, shifts = loaded.family.columns, loaded.family.variants.shifts
-    splits = dict.fromkeys(
-        split.split for split in (*(one for _, one in loaded.family.splits.roles()), *shifts.values())
-    )
+    fitted = [shift.threshold for shift in shifts.values() if shift.threshold is not None]
+    roles = [one for _, one in loaded.family.splits.roles()]
+    splits = dict.fromkeys(split.split for split in (*roles, *shifts.values(), *fitted))
     out = []
     for split in dataset.files or splits:
         file = loaded.split_file(split)

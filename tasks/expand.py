@@ -179,7 +179,7 @@ def variants_of(family: Family) -> Iterator[Variant]:
 
 def threshold_of(shift: Shift, threshold: Split) -> Split:
     """The rows on which thresholds for a shift that is in distribution itself are fitted."""
-    return threshold.model_copy(update={"where": {**threshold.where, **shift.where}})
+    return shift.threshold or threshold.model_copy(update={"where": {**threshold.where, **shift.where}})
 
 
 def base_config(loaded: Loaded, extended: stock.StockTask | None = None) -> dict[str, Any]:

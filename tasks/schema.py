@@ -296,11 +296,12 @@ class Shift(Split):
     """Other rows of the same dataset: the task ``<family>_<name>``.
 
     shift_from: the variant that is in distribution for these rows (``clean`` or another shift's name). None: these rows
-    are in distribution themselves; they then get a task ``<family>_<name>_threshold``, the same ``where`` on the
-    threshold split.
+    are in distribution themselves; they then get a task ``<family>_<name>_threshold`` of the rows in ``threshold``
+    (default: the same ``where`` on the family's threshold split).
     """
 
     shift_from: str | None = "clean"
+    threshold: AnySplit | None = None
 
 
 class Variants(_Model):
@@ -317,6 +318,8 @@ class Variants(_Model):
             if reason is not None:
                 raise ValueError(f"{name!r} {reason}; give the shift another name")
             origin = shift.shift_from
+            if shift.threshold is not None and (origin is not None or shift.threshold.ids is not None):
+                raise ValueError(f"{name}: threshold: only with shift_from: null, and without `ids`")
             if origin is None or origin == CLEAN:
                 continue
             if origin == name or origin not in shifts:
@@ -473,8 +476,10 @@ class Family(_Model):
         if "{hint}" in self.text.template and self.columns.hint is None:
             raise ValueError("text.template: {hint} needs columns.hint")
         if self.dataset is not None and self.dataset.files is not None:
-            shifts = ((f"variants.shifts.{name}", shift) for name, shift in self.variants.shifts.items())
-            for place, split in (*((f"splits.{role}", one) for role, one in self.splits.roles()), *shifts):
+            shifts = {f"variants.shifts.{name}": shift for name, shift in self.variants.shifts.items()}
+            fitted = {f"{place}.threshold": shift.threshold for place, shift in shifts.items() if shift.threshold}
+            roles = {f"splits.{role}": split for role, split in self.splits.roles()}
+            for place, split in (roles | shifts | fitted).items():
                 if split.split not in self.dataset.files:
                     known = ", ".join(self.dataset.files)
                     raise ValueError(f"{place}: dataset.files has no split {split.split!r}; it has {known}")
@@ -497,6 +502,15 @@ class Family(_Model):
             for role, split in self.splits.roles():
                 if role != "test" and shift.shares_images(split):
                     raise ValueError(f"variants.shifts.{name}: shares images with {role}: {_take_both(shift, split)}")
+            if shift.threshold is None:
+                continue
+            apart: dict[str, Split] = {name: shift}
+            apart |= {other: one for other, one in self.variants.shifts.items() if one.shift_from == name}
+            apart |= {role: split for role, split in self.splits.roles() if role == "calibration"}
+            for other, one in apart.items():
+                if one.shares_images(shift.threshold):
+                    both = _take_both(one, shift.threshold)
+                    raise ValueError(f"variants.shifts.{name}.threshold: shares images with {other}: {both}")
 
     def _without_question(self) -> None:
         object.__setattr__(self, "columns", self.columns.model_copy(update={"question": None}))

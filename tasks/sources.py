@@ -18,6 +18,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from .schema import FIELD_OF_PATTERN, IMAGE_COLUMN, TABLES, FamilyError
 
 MAX_TABLE = 1 << 30
 """Bytes; a table is held in memory while it is read, and whoever has a larger one makes parquet of it."""
+_LEFT_BEHIND = 24 * 3600
+"""Seconds."""
 _SHOWN = 10
 _WRITTEN_FROM = b"bitquake"
 """Key of a converted file's metadata: what it was made from."""
@@ -187,8 +190,15 @@ def _convert(file: Path, source: Source, table: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A new file beside ``file`` to write to; it takes that one's place when the block ends without an error."""
+    """A new file beside ``file`` to write to; it takes that one's place when the block ends without an error.
+
+    What a process that was killed left behind goes after a day, when surely none writes to it any more.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
+    for left in file.parent.glob(f".{file.stem}-*{file.suffix}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LEFT_BEHIND:
+                left.unlink()
     handle, name = tempfile.mkstemp(prefix=f".{file.stem}-", suffix=file.suffix, dir=file.parent)
     os.close(handle)
     new = Path(name)

@@ -103,5 +103,5 @@ def why_reserved(shift: str) -> str | None:
 
 def noise_tags(family: str, noise: str, severity: int, *, full: bool = False) -> list[str]:
     """The tags of a noisy task, beside ``<family>_all``."""
-    tag = f"{family}_{TAGS[group_of(noise)]}" + (f"_{FULL}" if full else "")
-    return [tag, f"{tag}_{severity}"]
+    tag, end = f"{family}_{TAGS[group_of(noise)]}", f"_{FULL}" if full else ""
+    return [f"{tag}{end}", f"{tag}_{severity}{end}"]

@@ -104,7 +104,9 @@ def test_configured_families_are_registered_and_broken_ones_hide_nothing(
     family(folder, "broken", "family: [")
     family(folder, "vqav2")
     assert cli.main(["config", "set", "families", "families"]) == 0
-    assert str(folder) in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert str(folder) in said.out
+    assert f"left out: {folder}/broken/family.yaml:1" in said.err and f"{folder}/vqav2/family.yaml:2" in said.err
     index = add_tasks({})
     assert {"mine_clean", "mine_fog_3", "vqav2_clean", "block_vqav2_clean"} <= index.keys()
     assert index["mine_noise"]["task"] == ["mine_fog_3"]

@@ -14,7 +14,7 @@ import pytest
 
 from bitquake import demo
 
-LIMIT = 25
+LIMIT = 10
 
 
 def _command(out: Path) -> list[str]:

@@ -20,6 +20,7 @@ from bitquake import plugin
 from bitquake.plugin import TaskNameClash, add_tasks, wrap
 from bitquake.tasks import expand
 from bitquake.tasks.expand import Index, builtin_index
+from bitquake.tasks.scaffold import new_family
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,7 @@ def manager_module(index: dict[str, Any]) -> types.ModuleType:
 
     class TaskManager:
         def initialize_tasks(self, include_path: Any = None, include_defaults: bool = True) -> dict[str, Any]:
+            self.walked = include_path
             return dict(index)
 
     module = types.ModuleType("some_tasks")
@@ -152,9 +154,32 @@ def test_an_edited_copy_of_ours_is_refused(edited: str, tmp_path: Path) -> None:
         add_tasks({name: {"type": "task", "yaml_path": str(copy)}})
 
 
+@pytest.mark.filterwarnings("ignore:bitquake. a task family is left out")
+def test_a_folder_of_families_works_as_include_path(tmp_path: Path) -> None:
+    new_family("mine", "vqa", out=tmp_path / "families" / "mine")
+    (tmp_path / "tasks").mkdir()
+    module = manager_module({})
+    wrap(module)
+    manager = module.TaskManager()
+    assert "mine_clean" not in manager.initialize_tasks()
+    (tmp_path / "families" / "broken").mkdir()
+    (tmp_path / "families" / "broken" / "family.yaml").write_text("family: [")
+    for given in (str(tmp_path / "families"), [str(tmp_path / "tasks"), str(tmp_path / "families" / "mine")]):
+        for index in (manager.initialize_tasks(given), manager.initialize_tasks(include_path=given)):
+            assert {"mine_clean", "mine_noise_3", "block_vqav2_clean"} <= set(index)
+            text = Path(index["mine_clean"]["yaml_path"]).read_text()
+            assert "task: mine_clean" in text.splitlines()
+    assert manager.walked == [str(tmp_path / "tasks")]  # lmms-eval would end at the broken file
+    (tmp_path / "families" / "theirs.yaml").write_text("task: theirs")
+    manager.initialize_tasks(given)
+    assert manager.walked == given[:1]
+    manager.initialize_tasks(str(tmp_path / "families"))
+    assert manager.walked == [str(tmp_path / "families")]
+
+
 def test_a_family_that_is_left_out_is_warned_about_and_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     good = builtin_index()
-    broken: Callable[[], Index] = lambda: good._replace(problems=["bad.yaml: family: no"])  # noqa: E731
+    broken: Callable[[Any], Index] = lambda _: good._replace(problems=["bad.yaml: family: no"])  # noqa: E731
     monkeypatch.setattr(expand, "builtin_index", broken)
     with pytest.warns(UserWarning, match="bad.yaml: family: no"):
         assert "block_vqav2_clean" in add_tasks({})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,9 @@ from PIL import Image
 @pytest.fixture(scope="session", autouse=True)
 def datasets_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """lmms-eval keeps its arrow copies of our datasets in a folder of this test run."""
-    before = os.environ.get("LMMS_EVAL_DATASETS_CACHE")
-    os.environ["LMMS_EVAL_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
-    yield
-    if before is None:
-        del os.environ["LMMS_EVAL_DATASETS_CACHE"]
-    else:
-        os.environ["LMMS_EVAL_DATASETS_CACHE"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> bytes:

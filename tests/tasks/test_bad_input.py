@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 
 from bitquake.records import SampleRecord
 from bitquake.reports import build
-from bitquake.tasks.expand import builtin_index
+from bitquake.tasks.expand import task_files
+from bitquake.tasks.families import load_family
 
 pytest.importorskip("lmms_eval")
 
@@ -29,13 +31,34 @@ coordinates: {{default: unit}}
 QUANTS = ("full-precision", "rtn-int3-g64")
 
 
-def evaluate(quant: str, tasks: list[str], root: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module", autouse=True)
+def files_read_once() -> Iterator[None]:
+    """lmms-eval reads the thousands of task files that it ships whenever it starts; here once for all starts."""
+    from lmms_eval.tasks import TaskManager
+
+    read = TaskManager._get_task_and_group
+    known: dict[str, Any] = {}
+
+    def remembered(self: TaskManager, folder: str) -> Any:
+        if folder not in known:
+            known[folder] = read(self, folder)
+        return copy.deepcopy(known[folder])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskManager, "_get_task_and_group", remembered)
+        yield
+
+
+def evaluate(
+    quant: str, tasks: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, include: Path | None = None
+) -> Path:
     """The command that a user types, in this process."""
     from lmms_eval.__main__ import cli_evaluate
 
     arguments = f"pretrained=bitquake/block-idefics3,quant={quant},artifacts={folder / 'artifacts'},dtype=float32"
     command = ["lmms-eval", "--model", "bitquake_hf", "--model_args", arguments, "--tasks", ",".join(tasks)]
-    command += ["--include_path", str(root), "--batch_size", "4", "--device", "cpu", "--log_samples"]
+    command += ["--batch_size", "4", "--device", "cpu", "--log_samples"]
+    command += ["--include_path", str(include)] if include else []
     monkeypatch.setattr(sys, "argv", [*command, "--output_path", str(folder / quant)])
     cli_evaluate()
     return folder / quant
@@ -70,11 +93,13 @@ def test_bad_rows_are_counted_by_name_from_the_command_line_to_the_report(
         make_family("bad_rows", test=bad, threshold=rows(8, start=500)),
         make_family("bad_boxes", BOXES, test=boxes, threshold=boxes[:2]),
     ]
-    index = builtin_index(families, tmp_path / "cache")
-    assert not index.problems
-    root = index.root
+    for family in families:
+        folder = tmp_path / "own" / family.name
+        folder.mkdir(parents=True)
+        for name, text in task_files(load_family(family / "family.yaml")).items():
+            (folder / name).write_text(text)
     tasks = ["bad_rows_clean", "bad_rows_gaussian_noise_5", "bad_boxes_clean"]
-    runs = [evaluate(quant, tasks, root, tmp_path / "out", monkeypatch) for quant in QUANTS]
+    runs = [evaluate(quant, tasks, tmp_path / "out", monkeypatch, tmp_path / "own") for quant in QUANTS]
 
     expected = dict.fromkeys((0, 2, 4, 6), "image") | {8: "question"}
     for run in runs:
@@ -109,7 +134,7 @@ def test_tasks_of_an_unknown_noise_and_of_severity_6_are_refused_before_a_model_
 
     monkeypatch.setattr(BitquakeHF, "__init__", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     tasks = ["block_vqav2_rain_3", "block_vqav2_fog_6"]
-    evaluate("full-precision", tasks, builtin_index(cache=tmp_path / "cache").root, tmp_path / "out", monkeypatch)
+    evaluate("full-precision", tasks, tmp_path / "out", monkeypatch)
     said = capfd.readouterr()
     assert re.search(r"not found: block_vqav2_(rain_3|fog_6), block_vqav2_(fog_6|rain_3)", said.out + said.err)
     assert not list(tmp_path.rglob("*_results.json"))
@@ -118,7 +143,6 @@ def test_tasks_of_an_unknown_noise_and_of_severity_6_are_refused_before_a_model_
 def test_an_unknown_quantization_is_refused_with_the_known_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    root = builtin_index(cache=tmp_path / "cache").root
-    evaluate("rtn-int5-g64", ["block_vqav2_clean"], root, tmp_path / "out", monkeypatch)
+    evaluate("rtn-int5-g64", ["block_vqav2_clean"], tmp_path / "out", monkeypatch)
     assert "unknown quantization spec 'rtn-int5-g64' (did you mean 'rtn-int8-g64'?); known: " in capfd.readouterr().err
     assert not list(tmp_path.rglob("*_results.json"))

@@ -102,6 +102,9 @@ def test_sizes_are_those_of_the_picture_as_seen(rows: MakeRows) -> None:
     sized = [row | {"w": 7, "h": 9} for row in made]
     ready = prepare(dataset_of(sized), declared, Rows(WHOLE, need_size=True))[IDS]
     assert [(row["width"], row["height"]) for row in ready] == [(7, 9), (7, 9)]
+    for wrong in ("7", 7.5, 0):
+        with pytest.raises(FamilyError, match=rf"columns.width, .* got {wrong!r}; name the right columns"):
+            prepare(dataset_of([row | {"w": wrong} for row in sized]), declared, Rows(WHOLE, need_size=True))
 
 
 def test_parts_deal_out_whole_images_and_are_disjoint(rows: MakeRows) -> None:

@@ -119,6 +119,22 @@ def test_the_smallest_family(tmp_path: Path) -> None:
             "'a' is shifted itself",
         ),
         ({"variants": {"shifts": {"a": {"split": "train"}}}}, "variants.shifts.a: shares images with threshold"),
+        ({"variants": {"shifts": {"a": {"split": "s", "threshold": "t"}}}}, "a: threshold: only with shift_from: null"),
+        (
+            {"variants": {"shifts": {"a": {"split": "s", "shift_from": None, "threshold": "s"}}}},
+            "variants.shifts.a.threshold: shares images with a",
+        ),
+        (
+            {
+                "variants": {
+                    "shifts": {
+                        "a": {"split": "s", "shift_from": None, "threshold": "t"},
+                        "b": {"split": "t", "shift_from": "a"},
+                    }
+                }
+            },
+            "variants.shifts.a.threshold: shares images with b",
+        ),
     ],
 )
 def test_what_is_refused_says_where_and_what(tmp_path: Path, change: dict[str, object], message: str | None) -> None:

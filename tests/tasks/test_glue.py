@@ -229,6 +229,8 @@ def test_a_box_record(make_task: MakeTask, space: str, text: str, processed: lis
         ({}, Envelope(text="", error="out of memory").encode(), "model", "out of memory"),
         ({}, Envelope(text="yes").encode()[:40], "envelope", "damaged"),
         ({}, '{"bitquake_envelope":{"version":99}}', "envelope", "expected version 1, got 99"),
+        ({}, '{"bitquake_envelope":' + "[" * 100_000, "envelope", "recursion"),
+        ({}, '{"bitquake_envelope":' + "1" * 5_000 + "}", "envelope", "response envelope"),
     ],
 )
 def test_a_failed_sample_is_counted_by_name(
@@ -602,7 +604,7 @@ def test_a_decompression_bomb_is_one_failed_image(make_task: MakeTask) -> None:
     rows = [{"question": "the dog", "q": i, "bbox": [1.0, 1.0, 4.0, 4.0], "image": {"bytes": bomb}} for i in range(2)]
     ready = task.process_docs(datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()))
     assert ready[0][IDS]["width"] is None
-    with pytest.raises(ImageError, match=r"image: .*decompression bomb.*task tiny_clean, sample 0"):
+    with pytest.raises(ImageError, match=r"image: .*decompression bomb.*scale it down.*task tiny_clean, sample 0"):
         task.doc_to_visual(ready[0], kwargs_of(task))
 
 

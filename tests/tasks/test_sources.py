@@ -238,6 +238,20 @@ def test_revision_is_the_commit_or_the_hash_of_what_was_read(make: MakeShapes, t
     assert sources.revision(loaded_rows(folder), file) != first
 
 
+def test_what_a_killed_process_left_behind_goes_after_a_day(tmp_path: Path) -> None:
+    file, old, young, other = (
+        tmp_path / name for name in ("t.parquet", ".t-a.parquet", ".t-b.parquet", ".u-a.parquet")
+    )
+    for left in (old, young, other):
+        left.write_text("half")
+    for left in (old, other):
+        os.utime(left, (1, 1))
+    with sources.replacing(file) as new:
+        new.write_text("whole")
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, young.name, other.name}
+    assert file.read_text() == "whole"
+
+
 def test_a_decompression_bomb_is_one_counted_failure(
     make: MakeShapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
