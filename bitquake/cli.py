@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     path = actions.add_parser("path", help="folder of the expanded YAML, for --include_path")
     listing = actions.add_parser("list", help="all families")
     listing.add_argument("--all", action="store_true", help="every task with its tags")
-    show = actions.add_parser("show", help="one family or one task: prompt, dataset, split, noise, metrics")
+    show = actions.add_parser("show", help="one family, task (prompt, dataset, split, noise, metrics) or tag")
     show.add_argument("name")
     show.add_argument("--yaml", action="store_true", help="the expanded YAML instead")
     export = actions.add_parser("export", help="write the expanded YAML to a folder")

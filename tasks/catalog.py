@@ -60,14 +60,16 @@ def problems(folders: Iterable[Path] = ()) -> list[str]:
 
 
 def show(name: str, folders: Iterable[Path] = ()) -> list[tuple[str, str]]:
-    """(what, text) about a family, or about one task.
+    """(what, text) about a family, about one task, or about a tag.
 
     Raises:
-        FamilyError: there is no family and no task of that name.
+        FamilyError: there is none of that name.
     """
     from .selection import describe
 
     folders = list(folders)
+    if tagged := builtin_index(folders).tags.get(name):
+        return [("tag", name), (f"{len(tagged)} tasks", ", ".join(tagged))]
     loaded, variant = _find(name, folders)
     family = loaded.family
     beside = builtin_index(folders).tasks[f"{family.family}_{CLEAN}"].parent

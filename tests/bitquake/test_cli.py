@@ -106,6 +106,9 @@ def test_tasks_show_a_family_a_task_and_their_yaml(capsys: pytest.CaptureFixture
     assert cli.main(["tasks", "show", "vqav2_fog_3"]) == 0
     said = capsys.readouterr().out
     assert "name fog, severity 3, seed 0" in said and "5000 questions" in said
+    assert cli.main(["tasks", "show", "vqav2_noise_3"]) == 0
+    tag = capsys.readouterr().out
+    assert "15 tasks" in tag and "vqav2_fog_3" in tag and "vqav2_low_light_3" not in tag
     assert cli.main(["tasks", "show", "vqav2_fog_3_full"]) == 0
     assert "5000" not in capsys.readouterr().out
     assert cli.main(["tasks", "show", "vqav2_fog_3", "--yaml"]) == 0
