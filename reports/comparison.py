@@ -360,6 +360,7 @@ def _cell_entry(
             "severity": _severity(noise),
             "full": cell.is_full,
             "dataset": public_name(cell.dataset),
+            "dataset_revision": cell.dataset_revision,
             "split": cell.split,
             "part": cell.part,
             "shift_from": cell.shift_from,

@@ -15,7 +15,7 @@ from bitquake.reports.views import OVERVIEW_METRICS, WORLDS, Arrangement, Family
 CSV_COLUMNS = (
     *("model", "quantization", "run", "twin", "execution", "nominal_bpw", "effective_bpw"),
     *("world", "family", "variant", "task", "noise", "noise_group", "severity", "pairing"),
-    *("dataset", "split", "part", "shift_from", "threshold_task", "protocol"),
+    *("dataset", "dataset_revision", "split", "part", "shift_from", "threshold_task", "protocol"),
     *("metric", "title", "unit", "value", "lo", "hi", "n", "n_clusters"),
     *("delta", "delta_lo", "delta_hi", "verdict", "effect", "note"),
 )
@@ -66,7 +66,8 @@ def to_csv(report: Report) -> str:
                     *(_number(card.nominal_bpw if card else None), _number(card.effective_bpw if card else None)),
                     *(cell.world, _text(cell.family), _text(cell.variant), _text(cell.task), _text(cell.noise)),
                     *(cell.noise_group, cell.severity or "", cell.pairing),
-                    *map(_text, (cell.dataset, cell.split, cell.part, cell.shift_from, cell.threshold_task)),
+                    *map(_text, (cell.dataset, cell.dataset_revision, cell.split)),
+                    *map(_text, (cell.part, cell.shift_from, cell.threshold_task)),
                     *(cell.protocol, _text(key), _text(title), unit),
                     *(_number(value.value), _number(value.lo), _number(value.hi), cell.n, cell.n_clusters),
                     *((_number(d.delta), _number(d.lo), _number(d.hi), d.verdict, d.effect) if d else ("",) * 5),

@@ -136,6 +136,9 @@ def cell_differences(cell: Cell, twin: Cell, *, common_samples: bool = False) ->
         if left != right and not (common_samples and name == "subset"):
             nothing = "the whole split" if name == "part" else "none"
             found.append(f"{name.replace('_', ' ')} {left or nothing} vs {right or nothing}")
+    left, right = cell.dataset_revision, twin.dataset_revision
+    if left and right and left != right:  # "" where nothing told it
+        found.append(f"dataset revision {left} vs {right}")
     for name in sorted(cell.settings.keys() | twin.settings.keys()):
         left, right = (c.settings.get(name, "not set") for c in (cell, twin))
         if left != right:

@@ -31,7 +31,7 @@ _SHOWN_DETAILS = 3
 _CLEAN, _THRESHOLD = "clean", "threshold"
 _SAME_IN_A_CELL = (
     *("task", "family", "variant", "world", "protocol", "dataset", "split", "part", "subset", "shift_from", "noise"),
-    "primary_confidence",
+    *("dataset_revision", "primary_confidence"),
 )
 # Arguments of the wrapper that name the model or a place, or that the quant card tells better.
 _NOT_SETTINGS = (
@@ -77,6 +77,7 @@ class Cell:
     world: str
     protocol: str
     dataset: str
+    dataset_revision: str
     split: str
     part: str
     subset: str
@@ -329,6 +330,7 @@ class _Reader:
             world=first.world,
             protocol=first.protocol,
             dataset=first.dataset,
+            dataset_revision=first.dataset_revision,
             split=first.split,
             part=first.part,
             subset=first.subset,

@@ -89,7 +89,8 @@ class BinEntry(_Entry):
 class CellEntry(_Entry):
     """One model on one task.
 
-    dataset, split, part: which rows; part is a text for people, "" for the whole split. shift_from: the task that is in
+    dataset, dataset_revision, split, part: which rows; the revision is a commit of the hub, ``blake2b:`` and a file's
+    hash, or "" where unknown; part is a text for people, "" for the whole split. shift_from: the task that is in
     distribution for this one, or "". threshold_task: the task whose samples fit the threshold of effective reliability.
     noise_group: ``imagenet_c``, ``imagenet_c_extra``, ``camera``, ``text``, or ``other`` for a noise that this release
     does not know. full: a noise on the whole split of a family whose other noisy tasks run on a subset.
@@ -111,6 +112,7 @@ class CellEntry(_Entry):
     severity: int = 0
     full: bool = False
     dataset: str
+    dataset_revision: str = ""
     split: str
     part: str = ""
     shift_from: str = ""

@@ -308,6 +308,8 @@ class Arrangement:
         name = condition_name(first.kind, first.noise, first.severity, first.variant, full=first.full)
         chosen = first.part or (f"{first.split}, all of it" if first.split else "")
         which = f"Rows of {first.dataset}: {chosen}." if chosen else f"Rows of {first.dataset}."
+        if first.dataset_revision:
+            which += f" Revision {first.dataset_revision}."
         if first.shift_from:
             which += f" Shifted from {first.shift_from}."
         further = scores.further({name for cell in cells for name in cell.scores})

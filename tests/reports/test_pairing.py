@@ -145,6 +145,17 @@ def test_other_pictures_prompts_or_data_refuse_that_task_only(runs: Runs, edit: 
     assert quantized(result, FOG).metrics["accuracy"].difference is not None
 
 
+def test_two_revisions_of_a_dataset_are_not_paired_and_an_unknown_one_is(runs: Runs) -> None:
+    one, two = ("a" * 40, "b" * 40)
+    twin = runs.write(Model(), TASKS, edit=change(CLEAN, 60, dataset_revision=one))
+    other = runs.write(Model("rtn-int4-g64", 4), TASKS, edit=change(CLEAN, 60, dataset_revision=two))
+    result = report(runs, twin, other)
+    assert f"dataset revision {two} vs {one}" in errors(result)
+    assert quantized(result, CLEAN).pairing == "unpaired" and quantized(result, FOG).pairing == "paired"
+    unknown = runs.write(Model("rtn-int4-g64", 4), TASKS, name="unknown")
+    assert quantized(report(runs, twin, unknown), CLEAN).pairing == "paired"
+
+
 def test_samples_that_failed_have_no_pixels_to_compare(runs: Runs) -> None:
     edit = change(CLEAN, 5, failure="image", pixel_hash=[], prompt_hash="", score=0.0, confidence={})
     result = report(runs, runs.write(Model(), TASKS), runs.write(Model("rtn-int4-g64", 4), TASKS, edit=edit))

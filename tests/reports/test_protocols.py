@@ -181,15 +181,18 @@ def test_which_rows_is_on_the_page_and_in_the_files(runs: Runs) -> None:
     part = "validation, 107,394 ids of reliable_vqa.json (0123456789ab)"
 
     def edit(task: str, found: list[SampleRecord]) -> list[SampleRecord]:
-        return [r.model_copy(update={"part": part, "shift_from": "other_clean"}) for r in found]
+        return [
+            r.model_copy(update={"part": part, "shift_from": "other_clean", "dataset_revision": "0123abcd"})
+            for r in found
+        ]
 
     result = report(runs, [Task()], edit)
     cell = cell_of(result, "block_vqav2_clean")
     assert (cell.part, cell.shift_from, cell.split) == (part, "other_clean", "test")
     page = (result.index.parent / "block-vqav2.html").read_text()
-    assert f"Rows of block_vqav2.parquet: {part}. Shifted from other_clean." in page
+    assert f"Rows of block_vqav2.parquet: {part}. Revision 0123abcd. Shifted from other_clean." in page
     row = next(csv.DictReader((result.index.parent / "report.csv").open()))
-    assert (row["part"], row["shift_from"]) == (part, "other_clean")
+    assert (row["part"], row["shift_from"], row["dataset_revision"]) == (part, "other_clean", "0123abcd")
     whole = report(Runs(runs.root / "whole"), [Task()])
     assert "Rows of block_vqav2.parquet: test, all of it." in (whole.index.parent / "block-vqav2.html").read_text()
 
