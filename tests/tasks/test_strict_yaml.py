@@ -101,8 +101,16 @@ PLAIN = st.recursive(
 
 
 @given(PLAIN)
-def test_plain_data_comes_back_as_it_was(data: object) -> None:
-    assert load_strict(yaml.dump(data, Dumper=NoAliases, allow_unicode=True)) == data
+def test_plain_data_reads_as_pyyaml_reads_it(data: object) -> None:
+    """Not "comes back as it was": PyYAML writes some keys (U+0085, a line break to it) that it reads as others."""
+    text = yaml.dump(data, Dumper=NoAliases, allow_unicode=True)
+    try:
+        expected = yaml.safe_load(text)
+    except yaml.YAMLError:
+        with pytest.raises(StrictYamlError):
+            load_strict(text)
+    else:
+        assert load_strict(text) == expected
 
 
 @given(st.text(alphabet="a&*!?:-[]{},'\"\n #|>%@`<=~0.", max_size=40))
