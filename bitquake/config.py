@@ -1,7 +1,7 @@
 """The user's configuration: folders with families of their own, and published splits as lists of sample ids.
 
-    families: [/home/me/families]
-    split_ids: {vqav2: /home/me/reliable_vqa.json}
+    families: [~/families]
+    split_ids: {vqav2: ~/reliable_vqa.json}
 
 One YAML file in the user's configuration folder, read by ``bitquake.tasks.expand`` whenever tasks are looked up;
 ``bitquake config`` writes it.
