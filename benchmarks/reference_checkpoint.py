@@ -1,6 +1,6 @@
-"""Scores of a checkpoint on the block world, through lmms-eval as a user would run it; the model card's table.
+"""Scores of a checkpoint on the block world, through lmms-eval as a user would run it; the model cards' tables.
 
-    python benchmarks/reference_checkpoint.py [--pretrained bitquake/block-idefics3] [--limit N] [--json FILE]
+    python benchmarks/reference_checkpoint.py [--pretrained bitquake/block-qwen2vl] [--limit N] [--json FILE]
 
 Two processes at a time, each on one thread. Peers: the same model on blank pictures (its answer prior), one caption for
 all pictures, and each quantization beside full precision in the same run. The blank pictures are a family of their own,

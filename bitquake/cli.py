@@ -85,6 +85,26 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: where tasks look for it)")
     prepare.add_argument("--family", type=Path, metavar="DIR", help="write a family.yaml for it to this folder too")
 
+    quantize = commands.add_parser("quantize", help="quantize a model and write it as a checkpoint (resumable)")
+    quantize.add_argument("model", help="hub name, folder, or bitquake/... of a reference model")
+    quantize.add_argument("--quant", required=True, metavar="SPEC", help="as quant=; see `bitquake quants list`")
+    quantize.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder; run again to go on")
+    quantize.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
+    quantize.add_argument("--device", help="cpu, cuda:0 (default: the accelerator if there is one)")
+    quantize.add_argument("--revision", help="branch, tag or commit of a hub model")
+    quantize.add_argument("--max-shard-size", default="5GB", help="of a file of the checkpoint (default: %(default)s)")
+    quantize.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DIR")
+    quantize.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+    card = commands.add_parser("card", help="what was done to a model: its quant card, checked where it can be")
+    card.add_argument(
+        "path", type=Path, help="a quantized checkpoint, the output folder of runs, or a card's JSON file"
+    )
+    card.add_argument("--modules", action="store_true", help="each quantized module, too")
+    card.add_argument("--json", action="store_true", help="the card as it is stored")
+    card.add_argument("--artifacts", type=Path, help="folder with quant cards (default: the runs' own, then the cache)")
+    card.add_argument("--unchecked", action="store_true", help="of a checkpoint: show the card without reading tensors")
+
     quants = commands.add_parser("quants", help="the quantizations that quant=NAME accepts")
     actions = quants.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="all named specs")
@@ -119,8 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--limit", type=int, default=1000, help="samples of each task (default 1000)")
     demo.add_argument("--jobs", type=int, help="models evaluated at once (default: number of cores, at most 4)")
 
-    train = commands.add_parser("train-reference", help="train the reference checkpoint again (resumable)")
+    train = commands.add_parser("train-reference", help="train a reference checkpoint again (resumable)")
     train.add_argument("folder", type=Path, help="where progress and the model are kept; run again to go on")
+    train.add_argument("--architecture", default="idefics3", metavar="NAME", help="idefics3 (default) or qwen2-vl")
     train.add_argument("--export", type=Path, help="train nothing; write the folder's model as it ships to this folder")
     train.add_argument(
         "--spread", type=float, default=0.0, help="with --export: sigma of the uneven channels (default 0)"
@@ -319,6 +340,36 @@ def _is(path: Path | None) -> bool:
     return path is not None and path.exists()
 
 
+def _quantize(options: argparse.Namespace) -> int:
+    from bitquake.quantize_command import quantize, summary
+
+    done = quantize(
+        options.model,
+        options.quant,
+        options.out,
+        dtype=options.dtype,
+        device=options.device,
+        revision=options.revision,
+        max_shard_size=options.max_shard_size,
+        overwrite=options.overwrite,
+        trust_remote_code=options.trust_remote_code,
+    )
+    print(summary(done))
+    return EXIT_OK
+
+
+def _card(options: argparse.Namespace) -> int:
+    from bitquake.card_command import cards, describe
+
+    whole = True
+    for found in cards(options.path, artifacts=options.artifacts, check=not options.unchecked):
+        print(found.card.to_json() if options.json else describe(found, modules=options.modules))
+        for problem in found.problems:
+            print(f"bitquake card: {problem}", file=sys.stderr)
+        whole = whole and not found.problems
+    return EXIT_OK if whole else EXIT_PROBLEM
+
+
 def _quants(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
@@ -403,14 +454,16 @@ def _demo(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     import torch
 
-    from bitquake.reference_training import export, recipe_from, train
+    from bitquake.reference_recipe import recipe_from
+    from bitquake.reference_training import export, train
 
     if options.export:
         print(export(options.folder, options.export, spread=options.spread))
         return EXIT_OK
     if options.threads:
         torch.set_num_threads(options.threads)
-    print(train(options.folder, recipe_from(options.set), minutes=options.minutes, stop=options.stop))
+    recipe = recipe_from(options.set, options.architecture)
+    print(train(options.folder, recipe, minutes=options.minutes, stop=options.stop))
     return EXIT_OK
 
 
@@ -419,6 +472,8 @@ _COMMANDS = {
     "tasks": _tasks,
     "config": _config,
     "data": _data,
+    "quantize": _quantize,
+    "card": _card,
     "quants": _quants,
     "noise": _noise,
     "doctor": _doctor,

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-CARD_VERSION = 1
+CARD_VERSION = 2
+CARD_FILE = "quant_card.json"
+"""Its name in a folder that ``bitquake quantize`` wrote."""
 
 
 class ModuleEntry(BaseModel):
@@ -17,17 +19,29 @@ class ModuleEntry(BaseModel):
     ``hash_before``/``hash_after``: blake2 hex of the (de-quantized) weight's bytes before and after; ``changed`` is
     their inequality. ``bits`` counts the integer codes' bits; ``n_bytes`` everything stored for the weight in the
     declared execution (for ``simulated``: the bytes of the de-quantized tensor held in memory).
-    ``packed_bytes``: bytes of codes, scales and zeros in the packed format, whatever the execution.
+    ``packed_bytes``: bytes of codes, scales and zeros in the packed format, whatever the execution; for a library's
+    layer what it stores. ``third``, ``layer``: place in its stack of blocks (``front``, ``middle``, ``end``) and
+    ``attention`` or ``mlp``, where there is one. ``group_size``: of ``in_features`` is a scale for each row, with
+    ``per_tensor`` one for the matrix. ``input_scale``: the layer divides its input by a scale for each feature.
+    ``order``: columns are stored in another order (act-order). ``activation_bits``: of the input, quantized at run
+    time; None: it is not. ``format``: ``bitquake``, or a library's own, such as ``bitsandbytes nf4``.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
     component: str
+    third: str | None = None
+    layer: str = "other"
+    format: str = "bitquake"
     shape: tuple[int, int]
     bits: int
     group_size: int
     symmetric: bool
+    per_tensor: bool = False
+    input_scale: bool = False
+    order: bool = False
+    activation_bits: int | None = None
     n_weights: int
     n_bytes: int
     packed_bytes: int
@@ -51,13 +65,24 @@ class ComponentEntry(BaseModel):
 
 
 class Calibration(BaseModel):
-    """Calibration data: source (``none`` for data-free methods), number of samples, hash of their image ids."""
+    """Calibration data: source (``none`` for data-free methods), what it was drawn from, number of samples, hash of
+    their image ids (the ids themselves: ``calibration/<ids_hash>.json`` in the artifacts folder)."""
 
     model_config = ConfigDict(extra="forbid")
 
     source: str = "none"
+    data: str = ""
     n_samples: int = 0
     ids_hash: str = ""
+
+
+class Adapter(BaseModel):
+    """A peft adapter on top: where it came from and the hash of its tensors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str
+    hash: str
 
 
 class QuantCard(BaseModel):
@@ -72,6 +97,8 @@ class QuantCard(BaseModel):
 
     version: int = CARD_VERSION
     pretrained: str
+    base: str = ""
+    """What a checkpoint that came quantized was made from: its full-precision twin; "" for others."""
     revision: str = ""
     architecture: str
     dtype: str
@@ -88,8 +115,18 @@ class QuantCard(BaseModel):
     effective_bpw: float
     weights_hash: str
     calibration: Calibration = Field(default_factory=Calibration)
+    adapter: Adapter | None = None
+    checkpoint_format: str = ""
+    """Format of a checkpoint that came quantized (``bitquake``, ``awq gemm``, ``gptq v1``, …); "" for others."""
+    image_processor: str = ""
+    """Class of the image processor: backends differ in how they resize."""
     libraries: dict[str, str] = Field(default_factory=dict)
     device: str = ""
+
+    @property
+    def subject(self) -> str:
+        """The model that was quantized, whatever it was loaded from: a run and its full-precision twin share it."""
+        return f"{self.base or self.pretrained}{f' + {self.adapter.source}' if self.adapter else ''}"
 
     def to_json(self) -> str:
         """Canonical JSON: equal cards give equal bytes."""
@@ -103,5 +140,6 @@ class QuantCard(BaseModel):
     @property
     def model_hash(self) -> str:
         """Hash of spec and weights: two runs with the same one ran the same model."""
-        payload = json.dumps([self.weights_hash, self.spec], sort_keys=True)
+        adapter = [self.adapter.hash] if self.adapter else []
+        payload = json.dumps([self.weights_hash, self.spec, *adapter], sort_keys=True)
         return hashlib.blake2b(payload.encode(), digest_size=16).hexdigest()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from .quantizers.linear import Execution
 
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -73,6 +76,19 @@ def as_text(name: str, value: Any) -> str | None:
             f"bitquake_hf: {name} must be a string, got {value!r} ({type(value).__name__}). Quote or rename it."
         )
     return str(value).strip()
+
+
+def as_execution(value: Any) -> Execution | None:
+    """``"simulated"``, ``"packed"``, or None.
+
+    Raises:
+        ValueError: anything else.
+    """
+    name = as_text("execution", value)
+    known: dict[str | None, Execution | None] = {None: None, "simulated": "simulated", "packed": "packed"}
+    if name in known:
+        return known[name]
+    raise ValueError(f"bitquake_hf: execution must be simulated or packed, got {value!r}.")
 
 
 def as_dtype(value: Any) -> torch.dtype:

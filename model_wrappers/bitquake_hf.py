@@ -39,8 +39,10 @@ from tqdm import tqdm
 
 from bitquake import __version__
 from bitquake.envelope import ENVELOPE_VERSION, Envelope
+from bitquake.quant_card import Adapter, Calibration
 
-from .arguments import as_bool, as_dtype, as_int, as_text, refuse_unknown
+from .arguments import as_bool, as_dtype, as_execution, as_int, as_text, refuse_unknown
+from .calibration import CalibratedOn, build_calibration, load_image_ids
 from .confidence import (
     Answer,
     Floats,
@@ -56,17 +58,19 @@ from .confidence import (
 from .generation import GenerationRequest, StopOnText, eos_ids, greedy_config
 from .journal import Journal, JournalAnswer, digest
 from .loading import (
+    LoadedModel,
     commit,
-    load_model,
     load_processor,
+    load_quantized,
     matches_captions,
     processed_sizes,
     put_adapter_on,
     resolve_pretrained,
 )
 from .prefetch import prefetch
-from .quant_cards import artifacts_dir, build_card, store_card
+from .quant_cards import artifacts_dir, build_card, calibration_entry, store_card
 from .quantizers import load_spec
+from .quantizers.linear import forget_codes, use_kernels
 from .quantizers.replace import quantize_model
 from .retrieval import (
     CACHED,
@@ -122,8 +126,12 @@ class BitquakeHF(lmms):  # type: ignore[misc]
 
     Args:
         pretrained: hub name, folder, or a shipped reference checkpoint (``bitquake/...``).
-        quant: named quantization (``bitquake quants list``), possibly with overrides; ``none`` for full precision.
-        artifacts: folder of the quant cards; default the user cache.
+        quant: named quantization (``bitquake quants list``), possibly with overrides; ``none`` for full precision, and
+            for a checkpoint that came quantized (``bitquake quantize``, AutoAWQ, GPTQ, compressed-tensors, GRACE).
+        execution: ``simulated`` or ``packed``, for a checkpoint that came quantized; default its own.
+        base: the full-precision model that such a checkpoint was made from, where it does not say so itself: reports
+            pair the two.
+        artifacts: folder of the quant cards and of the names of calibration pictures; default the user cache.
         journal: folder in which answers are kept batch by batch as they come (default: nowhere). The same command, run
             again after a kill, answers from there and gives bit for bit what an undisturbed run gives on that machine:
             batches are formed as ever, and one that is there complete never reaches the device. One that is not is
@@ -148,6 +156,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         use_cache: key-value cache in generation; in retrieval, one encoding of picture and prompt for all candidates.
         max_batch_size: accepted because lmms-eval passes it; has no effect.
 
+    A calibrated quantization is not evaluated on a picture that it has seen: the run ends with the picture's name.
+
     Raises:
         TypeError: an unknown argument.
         ValueError: an argument that cannot be honoured; the message says what to write instead.
@@ -159,6 +169,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         self,
         pretrained: str,
         quant: Any = "none",
+        execution: Any = None,
+        base: Any = None,
         artifacts: str | None = None,
         journal: str | None = None,
         dtype: Any = "bfloat16",
@@ -209,22 +221,36 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         self.processor = load_processor(source, revision=revision, trust_remote_code=remote, **bounds)
         # the encoder thread and this one must not share a tokenizer: padding and decoding change and read its state
         self._decoder = copy.deepcopy(self.processor.tokenizer)
-        model = load_model(
+        loaded = load_quantized(
             source,
+            spec,
             revision=revision,
             dtype=self.dtype,
             device=self._device,
             device_map=device_map,
             attn_implementation=as_text("attn_implementation", attn_implementation),
             trust_remote_code=remote,
+            execution=as_execution(execution),
         )
-        before = quantize_model(model, spec)
-        self.card = build_card(model, spec, pretrained=name, revision=commit(model, revision), before=before)
+        folder = artifacts_dir(as_text("artifacts", artifacts))
+        model = loaded.model
+        before, self._calibrated, calibration = self._quantize(loaded, name, source, folder)
+        kernels = use_kernels(model)
+        self.card = build_card(
+            model,
+            loaded.spec,
+            pretrained=name,
+            base=as_text("base", base) or loaded.base,
+            revision=loaded.base_revision or commit(model, revision),
+            before=before,
+            calibration=calibration,
+            checkpoint_format=loaded.checkpoint_format,
+            image_processor=type(self.processor.image_processor).__name__,
+        )
         if adapter is not None:
             model, adapter_hash = put_adapter_on(model, adapter)
-            self.card = self.card.model_copy(
-                update={"pretrained": f"{name} + {adapter}", "weights_hash": f"{self.card.weights_hash}+{adapter_hash}"}
-            )
+            self.card = self.card.model_copy(update={"adapter": Adapter(source=adapter, hash=adapter_hash)})
+        forget_codes(model)  # after the adapter: peft asks the whole model for its state dict
         self._model = model
         self._config = model.config
         self._matching = matches_captions(model)
@@ -242,9 +268,10 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         self._encode_lock = threading.Lock()
         self._reported: set[str] = set()
         if self.rank == 0:
-            folder = artifacts_dir(as_text("artifacts", artifacts))
             store_card(self.card, folder)
             eval_logger.info(self._summary(str(folder)))
+            for reason, n in kernels.items():
+                eval_logger.info(f"bitquake_hf: {n} packed modules are de-quantized at every call: {reason}")
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> BitquakeHF:
@@ -269,6 +296,29 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                 )
             arguments.setdefault(name, value)
         return cls(**arguments)
+
+    def _quantize(
+        self, loaded: LoadedModel, name: str, source: str, artifacts: Path
+    ) -> tuple[dict[str, str], CalibratedOn | None, Calibration | None]:
+        """Carry out what could not be done while loading.
+
+        Returns:
+            Hashes of the weights before, and what the model was calibrated on, if on anything.
+        """
+        spec = loaded.spec
+        if loaded.before is None and spec.calibration is not None:
+            data = build_calibration(spec.calibration, loaded.model, self.processor, pretrained=name)
+            before = quantize_model(loaded.model, spec, calibration=data, progress=self.rank == 0)
+            if self.rank == 0:
+                data.store_image_ids(artifacts)
+            return before, CalibratedOn(spec.name, data.image_ids), calibration_entry(data)
+        if loaded.before is None:
+            return quantize_model(loaded.model, spec, progress=self.rank == 0), None, None
+        if loaded.calibration is None:
+            return loaded.before, None, None
+        told = Calibration.model_validate(loaded.calibration)
+        ids = load_image_ids(told.ids_hash, Path(source), artifacts) if told.ids_hash else frozenset()
+        return loaded.before, CalibratedOn(spec.name, ids), told
 
     def _start_distributed(self, device: str | None, device_map: str | None) -> None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -390,7 +440,12 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             encoder = self._executor(stack, min(1, self._workers))
             prepared = prefetch(
                 lambda sample: prepare(
-                    sample, requests[sample.index].args, self.task_dict, self.processor, self.config.model_type
+                    sample,
+                    requests[sample.index].args,
+                    self.task_dict,
+                    self.processor,
+                    self.config.model_type,
+                    self._calibrated,
                 ),
                 (sample for group in groups for sample in group),
                 loaders,

@@ -195,3 +195,13 @@ def component_map(model: nn.Module) -> ComponentMap:
             "model_wrappers/components.py (ARCHITECTURES)"
         )
     return found
+
+
+def cells(model: nn.Module) -> dict[str, Cell]:
+    """The cell of every Linear of a model, by module name, in the model's order; heads are in ``other``.
+
+    Raises:
+        ComponentMapError: as ``component_map``.
+    """
+    parts = component_map(model)
+    return {name: parts.cell(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)}

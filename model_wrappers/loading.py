@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from loguru import logger as eval_logger
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Blip2ForImageTextRetrieval
+from transformers.utils import logging as hf_logging
+
+from bitquake.model_wrappers.quantizers.linear import Execution
+from bitquake.model_wrappers.quantizers.published.formats import PublishedFormat, read_config
+from bitquake.model_wrappers.quantizers.published.loading import load_published
+from bitquake.model_wrappers.quantizers.spec import CALIBRATED, QuantSpec
+from bitquake.model_wrappers.quantizers.transformers_quantizer import (
+    METHOD,
+    BitquakeConfig,
+    CheckpointError,
+    LoadingHooks,
+    check_readable,
+)
+from bitquake.quant_card import CARD_FILE, QuantCard
 
 REFERENCE_PREFIX = "bitquake/"
 """``pretrained`` names that begin like this are reference checkpoints shipped in the package."""
@@ -24,6 +43,8 @@ _PLAIN_TEMPLATES = {
     f"{_TEXTS}{{% endfor %}}",
 }
 """Prompts of processors whose published checkpoints come without a chat template, as their models were trained."""
+ONLY_WITH_IMAGE = ("paligemma", "blip-2")
+"""``model_type``s that cannot take a prompt without a picture."""
 
 
 def resolve_pretrained(pretrained: str) -> str:
@@ -106,13 +127,171 @@ def load_model(
     attn_implementation: str | None,
     trust_remote_code: bool,
 ) -> Any:
-    """The model in evaluation mode, on its device or spread by ``device_map``.
+    """The model as its checkpoint is, in evaluation mode, on its device or spread by ``device_map``.
 
     A checkpoint whose config names ``Blip2ForImageTextRetrieval`` is loaded with its image-text matching head.
 
     Raises:
-        ValueError: an architecture that transformers does not list as image-text-to-text, or an encoder-decoder.
+        ValueError: an architecture that transformers does not list as image-text-to-text, an encoder-decoder, or a
+            checkpoint that is cut short or lacks tensors.
     """
+    config = _image_text_config(pretrained, revision=revision, trust_remote_code=trust_remote_code)
+    return _from_pretrained(
+        pretrained, config, revision=revision, dtype=dtype, device=device, device_map=device_map,
+        attn_implementation=attn_implementation, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, and what a quant card says of where it came from.
+
+    Attributes:
+        model: in evaluation mode, on its device.
+        spec: what was done to it, or is to be done.
+        before: name of each quantized module -> hash of its weight before ("" where nobody knows). None: the spec is
+            still to be carried out, by ``quantize_model``.
+        base, base_revision: what a checkpoint that came quantized was made from; "" where it does not say.
+        checkpoint_format: ``bitquake``, ``awq gemm`` and so on of a checkpoint that came quantized, else "".
+        calibration: of a checkpoint that was calibrated: fields of ``quant_card.Calibration``.
+    """
+
+    model: Any
+    spec: QuantSpec
+    before: dict[str, str] | None
+    base: str = ""
+    base_revision: str = ""
+    checkpoint_format: str = ""
+    calibration: dict[str, Any] | None = None
+
+
+def load_quantized(
+    pretrained: str,
+    spec: QuantSpec,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: str | None,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    execution: Execution | None = None,
+    hooks: LoadingHooks | None = None,
+) -> LoadedModel:
+    """Load a model for a spec: whatever can be done while loading is done, so that it is never whole at full precision.
+
+    - A checkpoint in the packed format, or a published one that came quantized, is taken as it is. ``spec`` must then
+      be full precision (nothing was asked) or, for the packed format, what was done to it; its execution counts.
+    - A data-free method is carried out weight by weight as the checkpoint is read.
+    - Otherwise the model is loaded whole, and ``before`` is None.
+
+    Args:
+        spec: what was asked for.
+        execution: of a checkpoint that came quantized, where ``spec`` asks for nothing; None: its own, or simulated.
+        hooks: of quantizing while loading.
+
+    Raises:
+        ValueError: as ``load_model``; a spec for a checkpoint that is quantized already; one that says it is and is
+            not, or in a format that is not read; as ``quantize_model``.
+    """
+    config = _image_text_config(pretrained, revision=revision, trust_remote_code=trust_remote_code)
+    arguments: dict[str, Any] = {
+        "revision": revision, "dtype": dtype, "device": device, "device_map": device_map,
+        "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("quant_method") == METHOD:
+        saved = BitquakeConfig.from_dict(stored)
+        done = _done_to(pretrained, saved.spec, spec, execution)
+        config.quantization_config = {**stored, "execution": done.execution}
+        model = _from_pretrained(pretrained, config, **arguments)
+        return LoadedModel(model, done, saved.before, saved.base, saved.base_revision, METHOD, saved.calibration)
+    published = read_config(pretrained, revision=revision)
+    if published is not None:
+        return _load_published(pretrained, config, published, spec, execution or "simulated", **arguments)
+    if stored:
+        raise CheckpointError(
+            f"pretrained={pretrained!r}: config.json says that it is quantized by {stored.get('quant_method')!r}, "
+            "whose checkpoints are not read here (bitquake's, AutoAWQ's, GPTQ's, compressed-tensors' and GRACE's are). "
+            "Load the full-precision model, with quant= for a quantization of it"
+        )
+    _refuse_false_card(pretrained)
+    if spec.is_full_precision or spec.method in CALIBRATED:
+        return LoadedModel(_from_pretrained(pretrained, config, **arguments), spec, None)
+    wanted = BitquakeConfig(spec, hooks=hooks)
+    model = _from_pretrained(pretrained, config, quantization_config=wanted, **arguments)
+    return LoadedModel(model, spec, model.config.quantization_config.before)
+
+
+def _load_published(
+    pretrained: str,
+    config: Any,
+    published: PublishedFormat,
+    asked: QuantSpec,
+    execution: Execution,
+    *,
+    device: torch.device,
+    device_map: str | None,
+    **arguments: Any,
+) -> LoadedModel:
+    """A checkpoint that others quantized, its modules in the packed format."""
+    if not asked.is_full_precision:
+        raise ValueError(_quantized_already(pretrained, str(published), asked))
+    optional = {"device_map": device_map, "attn_implementation": arguments.pop("attn_implementation")}
+    model, stored, _ = load_published(
+        pretrained, config, loader=_loader(config), execution=execution, published=published,
+        **{key: value for key, value in optional.items() if value is not None}, **arguments,
+    )  # fmt: skip
+    if device_map is None:
+        model = model.to(device)
+    bits = "" if published.bits is None else f"-int{published.bits}"
+    group = {None: "", -1: "-channel"}.get(published.group_size, f"-g{published.group_size}")
+    name = f"{published.method}{bits}{group}"
+    spec = QuantSpec(name=name, method="checkpoint", execution=execution)
+    # nobody has the weights that they were before
+    return LoadedModel(
+        model.eval(), spec, dict.fromkeys(stored, ""), checkpoint_format=f"{published.method} {published.variant}"
+    )
+
+
+def _done_to(pretrained: str, saved: QuantSpec, asked: QuantSpec, execution: Execution | None) -> QuantSpec:
+    """The spec of a quantized checkpoint, in the execution that is asked for."""
+    if asked.is_full_precision:
+        return saved if execution is None else saved.model_copy(update={"execution": execution})
+
+    def what(spec: QuantSpec) -> dict[str, Any]:
+        return {key: value for key, value in spec.options().items() if key not in ("name", "execution")}
+
+    if what(asked) != what(saved):
+        raise ValueError(_quantized_already(pretrained, saved.name, asked))
+    return asked
+
+
+def _quantized_already(pretrained: str, how: str, asked: QuantSpec) -> str:
+    return (
+        f"pretrained={pretrained!r} is quantized already ({how}) and cannot be quantized again by {asked.name!r}. "
+        "Leave quant= out to run it as it is, or quantize the full-precision model"
+    )
+
+
+def _refuse_false_card(pretrained: str) -> None:
+    """A folder whose quant card says quantized and whose config does not holds something else than its card says."""
+    file = Path(pretrained) / CARD_FILE
+    if not file.is_file():
+        return
+    try:
+        card = QuantCard.model_validate_json(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: is no quant card ({str(error).splitlines()[0]}); remove it") from error
+    if card.method != "none":
+        raise CheckpointError(
+            f"{pretrained}: {CARD_FILE} says {card.spec_name} with {len(card.modules)} quantized modules, but "
+            "config.json has no quantization_config, so its tensors are full-precision weights. Quantize it again, or "
+            f"remove {CARD_FILE} to run what is there"
+        )
+
+
+def _image_text_config(pretrained: str, *, revision: str | None, trust_remote_code: bool) -> Any:
     config = AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -124,19 +303,53 @@ def load_model(
             f"transformers {transformers.__version__}. If its code comes with the checkpoint and you trust it, set "
             "trust_remote_code=True."
         )
-    optional = {"attn_implementation": attn_implementation, "device_map": device_map}
+    return config
+
+
+def _loader(config: Any) -> Any:
+    """The class to load with; a checkpoint of an image-text matching head keeps it."""
     matching = Blip2ForImageTextRetrieval.__name__ in (config.architectures or ())
-    loader = Blip2ForImageTextRetrieval if matching else AutoModelForImageTextToText
-    model = loader.from_pretrained(
-        pretrained,
-        revision=revision,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        **{key: value for key, value in optional.items() if value is not None},
-    )
+    return Blip2ForImageTextRetrieval if matching else AutoModelForImageTextToText
+
+
+def _from_pretrained(
+    pretrained: str, config: Any, *, device: torch.device, device_map: str | None, **arguments: Any
+) -> Any:
+    """``from_pretrained`` that raises where transformers would fill what is missing with random numbers and warn."""
+    given = {key: value for key, value in {"device_map": device_map, **arguments}.items() if value is not None}
+    try:
+        model, info = _loader(config).from_pretrained(
+            pretrained, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **given
+        )
+    except SafetensorError as error:
+        check_readable(sorted(map(str, Path(pretrained).glob("*.safetensors"))))
+        raise CheckpointError(f"pretrained={pretrained!r}: its weights cannot be read ({error})") from error
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise CheckpointError(
+            f"pretrained={pretrained!r}: {len(mismatched)} tensors do not fit {type(model).__name__} (first {name}: "
+            f"shape {tuple(stored)}, expected {tuple(expected)}); the weights do not belong to the config.json"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"pretrained={pretrained!r}: {len(missing)} tensors of {type(model).__name__} are in none of its files "
+            f"(first {missing[0]}), so their values would be random; the checkpoint is incomplete or of another model"
+        )
     if device_map is None:
         model = model.to(device)
     return model.eval()
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers loads and saves without its bars."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def matches_captions(model: Any) -> bool:
@@ -156,13 +369,14 @@ def put_adapter_on(model: Any, adapter: str, *, revision: str | None = None) -> 
         The same model, now with the adapter's layers in it, and the blake2 hex of the adapter's tensors.
 
     Raises:
-        ValueError: peft is not installed, or the adapter works on prompts and not on layers.
+        ValueError: peft is not installed, the adapter works on prompts and not on layers, or lacks weights for layers
+            that it names.
     """
     try:
         from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
         from peft.tuners.lora import Linear as LoraLinear
     except ImportError as error:
-        raise ValueError(f"adapter={adapter!r} needs the peft package: pip install peft") from error
+        raise ValueError(f"adapter={adapter!r} needs the peft package: pip install 'bitquake[adapters]'") from error
     from .quantizers.linear import QuantizedLinear
 
     config = PeftConfig.from_pretrained(adapter, revision=revision)
@@ -175,7 +389,12 @@ def put_adapter_on(model: Any, adapter: str, *, revision: str | None = None) -> 
         config._register_custom_module({QuantizedLinear: LoraLinear})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")
-        wrapped = PeftModel.from_pretrained(model, adapter, config=config).eval()
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")  # nothing is merged here
+        warnings.filterwarnings("error", message="Found missing adapter keys")  # they would stay at zero
+        try:
+            wrapped = PeftModel.from_pretrained(model, adapter, config=config).eval()
+        except UserWarning as error:
+            raise ValueError(f"adapter={adapter!r} does not fit {type(model).__name__}: {error}") from error
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(get_peft_model_state_dict(wrapped).items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())

@@ -6,22 +6,23 @@ import contextlib
 import os
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from bitquake import __version__
 from bitquake.model_wrappers.quantizers.spec import QuantSpec
-from bitquake.quant_card import ComponentEntry, ModuleEntry, QuantCard
+from bitquake.quant_card import Calibration, ComponentEntry, ModuleEntry, QuantCard
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from bitquake.model_wrappers.calibration import CalibrationSet
     from bitquake.model_wrappers.components import ComponentMap
-    from bitquake.model_wrappers.quantizers.linear import QuantizedLinear
 
 _FOLDER = "quant_cards"
 
@@ -31,19 +32,29 @@ class QuantCardError(ValueError):
 
 
 def build_card(
-    model: nn.Module, spec: QuantSpec, *, pretrained: str, revision: str = "", before: Mapping[str, str]
+    model: nn.Module,
+    spec: QuantSpec,
+    *,
+    pretrained: str,
+    base: str = "",
+    revision: str = "",
+    before: Mapping[str, str],
+    calibration: Calibration | None = None,
+    checkpoint_format: str = "",
+    image_processor: str = "",
 ) -> QuantCard:
     """Describe a loaded model by its tensors; full precision gets a card too.
 
     The spec is only quoted: bits, groups, shapes, bytes and hashes are read from the modules, and a ``simulated``
-    weight is checked to lie on a grid of its bits. ``weights_hash`` is over parameters and persistent buffers (what a
+    weight is checked to be what its codes say. ``weights_hash`` is over parameters and persistent buffers (what a
     checkpoint stores), de-quantized: the same for every device and execution.
 
     Args:
-        model: the model as it will run, before any adapter is put on.
+        model: the model as it will run, before any adapter is put on and before codes are forgotten.
         spec: what was asked for.
-        pretrained, revision: what the model was loaded from.
-        before: ``quantize_model``'s result.
+        pretrained, base, revision: what the model was loaded from, as of ``QuantCard``.
+        before: ``quantize_model``'s result; hash "" where the weight of before is not known (published checkpoints).
+        calibration, checkpoint_format, image_processor: as of ``QuantCard``.
 
     Raises:
         QuantCardError: the modules contradict ``before`` or the spec, or a tensor is offloaded and cannot be read.
@@ -51,28 +62,28 @@ def build_card(
     from torch import nn
 
     from bitquake.model_wrappers.components import component_map
-    from bitquake.model_wrappers.quantizers.linear import QuantizedLinear
 
-    quantized = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    quantized = {name: facts for name, m in model.named_modules() if (facts := _layer_facts(m)) is not None}
     if quantized.keys() != before.keys():
         odd = sorted(quantized.keys() ^ before.keys())
         raise QuantCardError(
             f"quant card of {pretrained}: {len(quantized)} modules are quantized, {len(before)} have a hash of before "
             f"({odd[0]} differs); pass quantize_model's result for this very model as before="
         )
-    for name, module in quantized.items():
-        _check_against_spec(name, module, spec)
+    if quantized and spec.method != "checkpoint":
+        _check_against_spec(model, quantized, spec)
     parts = component_map(model) if quantized else _map_or_none(model)
     hashes, weights_hash = _hash_weights(model, quantized, pretrained)
-    modules = [
-        ModuleEntry(
-            name=name, component=_component(parts, name), shape=(module.out_features, module.in_features),
-            bits=module.bits, group_size=module.group_size, symmetric=module.symmetric,
-            n_weights=module.in_features * module.out_features, n_bytes=module.held_bytes,
-            packed_bytes=module.packed_bytes, hash_before=before[name], hash_after=hashes[f"{name}.weight"],
-        )
-        for name, module in quantized.items()
-    ]  # fmt: skip
+    modules = []
+    for name, facts in quantized.items():
+        cell = parts.cell(name) if parts else None
+        modules.append(
+            ModuleEntry(
+                name=name, component=_component(parts, name), third=cell.third if cell else None,
+                layer=cell.kind if cell else "other", hash_before=before[name], hash_after=hashes[f"{name}.weight"],
+                **facts.entry,
+            )
+        )  # fmt: skip
 
     totals: dict[str, dict[str, int]] = {}
     nominal = effective = n_parameters = 0
@@ -82,31 +93,93 @@ def build_card(
         effective += 8 * entry.packed_bytes
         n_parameters += entry.n_weights
     for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") in quantized:
+            continue  # a library's layer keeps its low-bit weight as a parameter
         _add(totals, _component(parts, name), parameter.numel(), 0, parameter.nbytes, parameter.nbytes)
         nominal += 8 * parameter.nbytes
         effective += 8 * parameter.nbytes
         n_parameters += parameter.numel()
 
-    dtype = _dtype_name(model)
+    dtype = _dtype_name(model, quantized)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in quantized}
+    executions = {facts.execution for facts in quantized.values()}
+    packages = {"hqq"} if spec.backend == "hqq" else set()
+    packages |= {facts.package for facts in quantized.values()} - {""}
     return QuantCard(
         pretrained=pretrained,
+        base=base,
         revision=revision,
         architecture=type(model).__name__,
         dtype=dtype,
         spec_name=spec.name,
         spec=spec.options(),
         method=spec.method,
-        execution=spec.execution if quantized else "full-precision",
-        kernel=_kernel(dtype, spec if quantized else None),
+        execution="full-precision" if not quantized else "packed" if executions == {"packed"} else "simulated",
+        kernel=_kernel(dtype, quantized),
         modules=modules,
-        kept={n: _short(m.weight.dtype) for n, m in model.named_modules() if isinstance(m, nn.Linear)},
+        kept={name: _short(module.weight.dtype) for name, module in linears.items()},
         components={name: ComponentEntry(**totals[name]) for name in sorted(totals)},
         nominal_bpw=nominal / n_parameters,
         effective_bpw=effective / n_parameters,
         weights_hash=weights_hash,
-        libraries=_versions("torch", "transformers", "lmms-eval", *(("hqq",) if spec.backend == "hqq" else ())),
+        calibration=calibration or Calibration(),
+        checkpoint_format=checkpoint_format,
+        image_processor=image_processor,
+        libraries=_versions("torch", "transformers", "lmms-eval", *sorted(packages)),
         device=_devices(model),
     )
+
+
+def calibration_entry(data: CalibrationSet) -> Calibration:
+    """What a card says of a calibration set."""
+    return Calibration(
+        source=data.source,
+        data=data.spec.data or "",
+        n_samples=len(data),
+        ids_hash=data.ids_hash if data.image_ids else "",
+    )
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """A quantized layer, read from its tensors. ``entry``: fields of ``ModuleEntry``; ``package``: its library."""
+
+    layer: nn.Module
+    entry: dict[str, Any]
+    execution: str
+    kernel: str
+    weight: Callable[[], Tensor]
+    package: str = ""
+
+
+def _layer_facts(module: nn.Module) -> _Facts | None:
+    """None for a layer that is not quantized."""
+    from bitquake.model_wrappers.quantizers.libraries.facts import library_facts
+    from bitquake.model_wrappers.quantizers.linear import QuantizedLinear
+
+    if isinstance(module, QuantizedLinear):
+        entry = {
+            "shape": (module.out_features, module.in_features), "bits": module.bits, "group_size": module.group_size,
+            "symmetric": module.symmetric, "per_tensor": module.layout.per_tensor,
+            "input_scale": module.layout.has_input_scale, "order": module.layout.has_order,
+            "activation_bits": module.activation_bits, "n_weights": module.in_features * module.out_features,
+            "n_bytes": module.held_bytes, "packed_bytes": module.packed_bytes,
+        }  # fmt: skip
+        when = "before the run" if module.execution == "simulated" else "at every call"
+        plain = f"torch F.linear on {_short(module.weight_dtype)} de-quantized {when}"
+        if module.activation_bits is not None:
+            plain += f", inputs rounded to {module.activation_bits} bits"
+        kernel = module.kernel.name if module.kernel is not None else plain
+        return _Facts(module, entry, module.execution, kernel, lambda: module.weight)
+    facts = library_facts(module)
+    if facts is None:
+        return None
+    entry = {
+        "shape": facts.shape, "bits": facts.bits, "group_size": facts.group_size, "symmetric": facts.symmetric,
+        "activation_bits": facts.activation_bits, "n_weights": facts.n_weights, "n_bytes": facts.held_bytes,
+        "packed_bytes": facts.held_bytes, "format": facts.format,
+    }  # fmt: skip
+    return _Facts(module, entry, "packed", facts.kernel, facts.weight, facts.package)
 
 
 def _map_or_none(model: nn.Module) -> ComponentMap | None:
@@ -129,27 +202,40 @@ def _add(totals: dict[str, dict[str, int]], component: str, *values: int) -> Non
         entry[key] += value
 
 
-def _check_against_spec(name: str, module: QuantizedLinear, spec: QuantSpec) -> None:
+def _check_against_spec(model: nn.Module, quantized: Mapping[str, _Facts], spec: QuantSpec) -> None:
     """A card says what the tensors are; where they are not what the spec says, there is no card."""
-    group = min(spec.group_size or module.in_features, module.in_features)
-    found = (module.bits, module.group_size, module.symmetric, module.execution)
-    asked = (spec.bits, group, spec.symmetric, spec.execution)
-    if found != asked:
+    from bitquake.model_wrappers.quantizers.linear import QuantizedLinear
+    from bitquake.model_wrappers.quantizers.plan import resolve
+    from bitquake.model_wrappers.quantizers.replace import row_group
+
+    asked_of = resolve(model, spec)
+    if odd := sorted(asked_of.keys() ^ quantized.keys()):
         raise QuantCardError(
-            f"quant card: {name} has (bits, group size, symmetric, execution) {found}, not {asked} as in {spec.name!r}"
+            f"quant card: {spec.name!r} asks for {len(asked_of)} quantized modules, {len(quantized)} are "
+            f"({odd[0]} differs)"
         )
-    if module.dequantized is not None:
-        rows = module.dequantized[:16].detach().cpu().float()  # a glimpse: a dense weight fails in its first rows
-        for start in range(0, module.in_features, module.group_size):
-            distinct = rows[:, start : start + module.group_size].sort(dim=1).values.diff(dim=1).ne(0).sum(dim=1) + 1
-            if int(distinct.max()) > 1 << module.bits:
-                raise QuantCardError(
-                    f"quant card: {name} claims {module.bits} bits, but a group of its weight holds "
-                    f"{int(distinct.max())} different values; its weight was overwritten after quantization"
-                )
+    for name, facts in quantized.items():
+        module, mine = facts.layer, asked_of[name]
+        if not isinstance(module, QuantizedLinear):
+            if module_bits := (facts.entry["bits"] if facts.entry["bits"] != mine.bits else None):
+                raise QuantCardError(f"quant card: {name} has {module_bits} bits, not {mine.bits} as in {spec.name!r}")
+            continue
+        found = (module.bits, module.group_size, module.symmetric, module.execution, module.activation_bits)
+        group = row_group(mine.group_size, module.in_features)
+        asked = (mine.bits, group, mine.symmetric, mine.execution, mine.activation_bits)
+        if found != asked:
+            raise QuantCardError(
+                f"quant card: {name} has (bits, group size, symmetric, execution, activations) {found}, not {asked} "
+                f"as in {spec.name!r}"
+            )
+        if not module.is_on_grid():
+            raise QuantCardError(
+                f"quant card: {name} claims {module.bits} bits, but its de-quantized weight is not what its codes say; "
+                "it was overwritten after quantization"
+            )
 
 
-def _hash_weights(model: nn.Module, quantized: Mapping[str, QuantizedLinear], where: str) -> tuple[dict[str, str], str]:
+def _hash_weights(model: nn.Module, quantized: Mapping[str, _Facts], where: str) -> tuple[dict[str, str], str]:
     """Hash of each weight as it computes, by name, and one hash over all of them in name order."""
     import hashlib
 
@@ -160,6 +246,7 @@ def _hash_weights(model: nn.Module, quantized: Mapping[str, QuantizedLinear], wh
         prefix = f"{module_name}." if module_name else ""
         own = {**module._parameters}
         if module_name in quantized:
+            own["weight"] = None
             tensors[f"{prefix}weight"] = None  # de-quantized when its turn comes, one at a time
         else:
             own |= {k: v for k, v in module._buffers.items() if k not in module._non_persistent_buffers_set}
@@ -169,7 +256,7 @@ def _hash_weights(model: nn.Module, quantized: Mapping[str, QuantizedLinear], wh
     total = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name]
-        weight = quantized[name.removesuffix(".weight")].weight if tensor is None else tensor
+        weight = quantized[name.removesuffix(".weight")].weight() if tensor is None else tensor
         if weight.is_meta:
             raise QuantCardError(
                 f"quant card of {where}: {name} is offloaded, so its bytes cannot be read; "
@@ -187,26 +274,29 @@ def _short(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _dtype_name(model: nn.Module) -> str:
+def _dtype_name(model: nn.Module, quantized: Mapping[str, _Facts]) -> str:
     """The floating dtype of most parameters (quantized weights: of their de-quantized form)."""
     from bitquake.model_wrappers.quantizers.linear import QuantizedLinear
 
     counts: dict[str, int] = {}
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and name.removesuffix(".weight") not in quantized:
             counts[_short(parameter.dtype)] = counts.get(_short(parameter.dtype), 0) + parameter.numel()
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            key = _short(module.weight_dtype)
-            counts[key] = counts.get(key, 0) + module.in_features * module.out_features
+    for facts in quantized.values():
+        if isinstance(facts.layer, QuantizedLinear):
+            key = _short(facts.layer.weight_dtype)
+            counts[key] = counts.get(key, 0) + facts.entry["n_weights"]
     return max(counts, key=lambda name: (counts[name], name))
 
 
-def _kernel(dtype: str, spec: QuantSpec | None) -> str:
-    if spec is None:
+def _kernel(dtype: str, quantized: Mapping[str, _Facts]) -> str:
+    """What computes, with the number of modules where that is not the same for all."""
+    if not quantized:
         return f"torch F.linear on {dtype}"
-    when = "before the run" if spec.execution == "simulated" else "at every call"
-    return f"torch F.linear on {dtype} de-quantized {when}"
+    counts = Counter(facts.kernel for facts in quantized.values())
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; ".join(f"{kernel} ({n} modules)" for kernel, n in sorted(counts.items()))
 
 
 def _devices(model: nn.Module) -> str:

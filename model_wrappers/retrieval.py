@@ -101,6 +101,27 @@ def caption_tokens(tokenizer: Any, prompt: str, captions: Sequence[str], turn: A
     return found
 
 
+def continued(inputs: dict[str, Any], added: Tensor, model_type: str) -> dict[str, Any]:
+    """A processor's inputs of unpadded prompts, gone on with an answer's tokens.
+
+    Args:
+        inputs: of n prompts.
+        added: int64 (n, length), on the inputs' device.
+        model_type: the model's.
+    """
+    batch = {**inputs, "input_ids": torch.cat([inputs["input_ids"], added], dim=1)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if "token_type_ids" in batch:
+        types = batch["token_type_ids"]
+        # in the suffix of PaliGemma (type 1) attention is causal; elsewhere text goes on as text
+        last = torch.ones_like(types[:, :1]) if model_type == "paligemma" else types[:, -1:]
+        batch["token_type_ids"] = torch.cat([types, last.expand_as(added)], dim=1)
+    if "mm_token_type_ids" in batch:  # 0 is text
+        types = batch["mm_token_type_ids"]
+        batch["mm_token_type_ids"] = torch.cat([types, types.new_zeros(added.shape)], dim=1)
+    return batch
+
+
 class PromptEncoding(Protocol):
     """One prompt with its picture, ready to be continued.
 
@@ -163,8 +184,7 @@ class RepeatedPrompt:
     def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
         self._model, self._inputs = model, inputs
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        # in the suffix of PaliGemma (type 1) attention is causal; elsewhere text goes on as text
-        self._suffix_type = 1 if model.config.model_type == "paligemma" else None
+        self._model_type = model.config.model_type
         self.entropy = math.nan
 
     def log_probs(self, captions: Sequence[Sequence[int]]) -> list[Floats]:
@@ -175,15 +195,7 @@ class RepeatedPrompt:
             for name, value in self._inputs.items()
         }
         added = _padded(captions).to(batch["input_ids"].device)
-        batch["input_ids"] = torch.cat([batch["input_ids"], added], dim=1)
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        if "token_type_ids" in batch:
-            types = batch["token_type_ids"]
-            last = types[:, -1:] if self._suffix_type is None else torch.full_like(types[:, :1], self._suffix_type)
-            batch["token_type_ids"] = torch.cat([types, last.expand_as(added)], dim=1)
-        if "mm_token_type_ids" in batch:  # 0 is text
-            types = batch["mm_token_type_ids"]
-            batch["mm_token_type_ids"] = torch.cat([types, types.new_zeros(added.shape)], dim=1)
+        batch = continued(batch, added, self._model_type)
         read = added.shape[1] + 1  # the prompt's last position tells the first token
         keep = {"logits_to_keep": read} if self._keeps else {}
         logits = self._model(**batch, **keep, use_cache=False).logits[:, -read:]

@@ -12,12 +12,12 @@ from PIL import Image
 
 from bitquake.noise import ImageError, NoiseError, load_rgb, pixel_hash
 
+from .calibration.overlap import CalibratedOn, document_image_ids, refuse_overlap
 from .generation import GenerationRequest
+from .loading import ONLY_WITH_IMAGE
 from .task_contract import TaskContract
 
 _IMAGE_ERRORS = (ImageError, OSError, Image.DecompressionBombError)
-_ONLY_WITH_IMAGE = ("paligemma", "blip-2")
-"""``model_type``s that cannot take a prompt without a picture."""
 
 
 @dataclass
@@ -74,7 +74,12 @@ def prompt_hash(prompt: str) -> str:
 
 
 def prepare(
-    sample: Sample, arguments: tuple[Any, ...], task_dict: Mapping[str, Any], processor: Any, model_type: str
+    sample: Sample,
+    arguments: tuple[Any, ...],
+    task_dict: Mapping[str, Any],
+    processor: Any,
+    model_type: str,
+    calibrated: CalibratedOn | None = None,
 ) -> Sample:
     """Read the document, build its messages (images are loaded and corrupted there), template the prompt.
 
@@ -85,9 +90,11 @@ def prepare(
     Args:
         arguments: (ctx, doc_to_messages, gen_kwargs, doc_id, task, split) of the request.
         task_dict: lmms-eval's ``lm.task_dict``.
+        calibrated: the pictures that the model was calibrated on; None for a model that was not.
 
     Raises:
         NoiseError: the task asks for a noise that does not exist: no sample of it could succeed.
+        OverlapError: the model was calibrated on one of the document's pictures: no result of the task would hold.
     """
     _, doc_to_messages, _, doc_id, task, split = arguments
     try:
@@ -110,7 +117,7 @@ def prepare(
         images, videos, audios = chat.extract_media()
         if videos or audios:
             raise ValueError("video and audio are not supported: bitquake_hf measures image tasks")
-        if not images and model_type in _ONLY_WITH_IMAGE:
+        if not images and model_type in ONLY_WITH_IMAGE:
             raise ImageError(f"image: a {model_type} model answers about a picture, and this row has none")
         if sample.contract.letters:
             sample.letters = sample.contract.question_letters(doc)
@@ -123,6 +130,9 @@ def prepare(
         sample.fail("image", error)
     except Exception as error:
         sample.fail("model", error)
+    if calibrated is not None:
+        ids = document_image_ids(doc, sample.contract.image_names(doc), sample.pixel_hashes)
+        refuse_overlap(calibrated, ids, f"task {task!r}, document {doc_id}")
     return sample
 
 

@@ -14,6 +14,8 @@ models' ``generate`` and crash them, so what only our wrapper understands stands
         default_prompt: {pre_prompt: "", post_prompt: "\\nAnswer briefly."}   # as in lmms_eval_specific_kwargs
         prompts:                        # per model_type of transformers: what stands there instead
           qwen2_vl: {pre_prompt: "", post_prompt: "\\nAnswer with one word."}
+        dataset: lmms-lab/VQAv2         # with columns.image_id: documents name their picture, and two tasks of one
+        columns: {image_id: image_id}   # dataset name it alike
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from typing import Any
 
 _KEYS = ("envelope", "protocol", "letters", "options_field", "candidates_field", "default_prompt", "prompts")
 RETRIEVAL = "retrieval"
+_IDS = "bitquake"
+"""Column that our tasks add to a document: {sample_id, image_id, ...}."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class TaskContract:
     candidates_field: str | None = None
     default_prompt: Prompt = Prompt()
     prompts: Mapping[str, Prompt] = field(default_factory=dict)
+    image_dataset: str | None = None
+    """The dataset whose ids name the documents' pictures; None where they are known by their pixels only."""
 
     @classmethod
     def of(cls, doc_to_messages: Any, task: str) -> TaskContract:
@@ -81,6 +87,7 @@ class TaskContract:
             candidates_field=ours.get("candidates_field"),
             default_prompt=_prompt(ours.get("default_prompt"), f"{where}.default_prompt"),
             prompts={name: _prompt(prompt, f"{where}.prompts.{name}") for name, prompt in prompts.items()},
+            image_dataset=ours.get("dataset") if (ours.get("columns") or {}).get("image_id") else None,
         )
 
     def question_letters(self, doc: Any) -> tuple[str, ...]:
@@ -116,6 +123,13 @@ class TaskContract:
         if odd := [i for i, text in enumerate(found) if not isinstance(text, str) or not text.strip()]:
             raise ValueError(f"candidates: {self.candidates_field!r}[{odd[0]}] is no caption: {found[odd[0]]!r}")
         return tuple(found)
+
+    def image_names(self, doc: Any) -> tuple[str, ...]:
+        """``<dataset>:<image id>`` of the document's picture, where its dataset names pictures."""
+        ids = doc.get(_IDS) if isinstance(doc, Mapping) else None
+        if self.image_dataset is None or not isinstance(ids, Mapping):
+            return ()
+        return (f"{self.image_dataset}:{ids.get('image_id')}",)
 
     def adapt(self, text: str, model_type: str) -> str:
         """A question with the default prompt around it -> with this model's prompt around it.

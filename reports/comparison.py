@@ -29,14 +29,13 @@ from bitquake.metrics.bootstrap import cluster_draws, interval, replicate
 from bitquake.metrics.calibration import bin_index
 from bitquake.metrics.samples import FloatArray, OrderedSamples
 from bitquake.noise import image_noises, text_noises
-from bitquake.quant_card import QuantCard
 from bitquake.reports import scores
-from bitquake.reports.pairing import Group, quantization_name, run_name, short_dtype
+from bitquake.reports.cards import card_entry
+from bitquake.reports.pairing import Group, quantization_name, run_name
 from bitquake.reports.problems import Problem
 from bitquake.reports.runs import Cell, Run, public_name
 from bitquake.reports.schema import (
     BinEntry,
-    CardEntry,
     CellEntry,
     CurvePoint,
     DifferenceEntry,
@@ -470,47 +469,7 @@ def _run_entry(group: Group, run: Run) -> RunEntry:
             "refused": group.refused,
             "model_hash": run.model_hash,
             "card_hash": run.card_hash,
-            "card": _card_entry(run.card) if run.card else None,
+            "card": card_entry(run.card) if run.card else None,
             "commands": run.commands,
         }
     )
-
-
-def _card_entry(card: QuantCard) -> CardEntry:
-    components = {name: entry.model_dump() for name, entry in sorted(card.components.items())}
-    n_parameters = sum(entry.n_parameters for entry in card.components.values())
-    n_quantized = sum(entry.n_quantized for entry in card.components.values())
-    measured = card.execution != "simulated"
-    return CardEntry(
-        pretrained=public_name(card.pretrained),
-        revision=card.revision,
-        architecture=card.architecture,
-        dtype=short_dtype(card.dtype),
-        spec_name=card.spec_name,
-        spec={key: str(value) for key, value in sorted(card.spec.items()) if key != "method"},
-        method=card.method,
-        execution=card.execution,
-        kernel=card.kernel,
-        device=card.device,
-        nominal_bpw=card.nominal_bpw,
-        effective_bpw=card.effective_bpw,
-        bits=_span({module.bits for module in card.modules}),
-        group_size=_span({module.group_size for module in card.modules}),
-        n_quantized_modules=len(card.modules),
-        n_changed_modules=sum(module.changed for module in card.modules),
-        n_kept_modules=len(card.kept),
-        quantized_share=n_quantized / n_parameters if n_parameters else 0.0,
-        components=components
-        if measured
-        else {k: {n: v for n, v in c.items() if n != "n_bytes"} for k, c in components.items()},
-        n_bytes=sum(entry.n_bytes for entry in card.components.values()) if measured else None,
-        calibration_source=card.calibration.source,
-        calibration_samples=card.calibration.n_samples,
-        calibration_hash=card.calibration.ids_hash,
-        weights_hash=card.weights_hash,
-        libraries=dict(sorted(card.libraries.items())),
-    )
-
-
-def _span(values: set[int]) -> str:
-    return ", ".join(str(value) for value in sorted(values))

@@ -89,8 +89,8 @@ def _find_twin(run: Run, twins: Sequence[Run]) -> tuple[Run | None, str]:
     if card is None:
         return None, "its quant card is missing" if run.card_hash else "it has no quant card"
     model = f"{run.label}{f' (revision {card.revision})' if card.revision else ''}"
-    origin = (card.pretrained, card.revision)
-    same = [twin for twin in twins if twin.card and (twin.card.pretrained, twin.card.revision) == origin]
+    origin = (card.subject, card.revision)
+    same = [twin for twin in twins if twin.card and (twin.card.subject, twin.card.revision) == origin]
     if not same:
         return None, f"no full-precision run of {model} among the runs"
     differences = {twin.key: model_differences(run, twin) for twin in same}

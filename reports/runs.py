@@ -386,7 +386,7 @@ class _Reader:
         arguments = model_arguments(results)
         card = self.card(card_hash, model_hash, arguments.get("artifacts"), where) if card_hash else None
         told = arguments.get("pretrained") or str(results.get("model_name") or "model")
-        label = public_name(card.pretrained if card else told)
+        label = public_name(card.subject if card else told)
         if card is None and arguments.get("quant"):
             label += f" {arguments['quant']}"
         new = Run(model_hash, card_hash, card, label)

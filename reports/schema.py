@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Effect = Literal["better", "worse", "tied", "changed"]
 Unit = Literal["percent", "fraction", "nats", "tenths"]
@@ -155,10 +155,53 @@ class SummaryEntry(_Entry):
     rank_hi: int | None = None
 
 
+class ModuleAudit(_Entry):
+    """One quantized module. ``place``: component, third of its stack of blocks, attention or MLP. ``group``: weights
+    that share a scale, or ``channel`` or ``tensor``. ``extras``: what else its format holds."""
+
+    name: str
+    place: str
+    format: str
+    bits: int
+    group: str
+    symmetric: bool
+    activation_bits: int | None
+    extras: list[str]
+    shape: tuple[int, int]
+    packed_bytes: int
+    changed: bool
+    hash_before: str
+    hash_after: str
+
+
+class PlaceAudit(_Entry):
+    """The quantized modules of one place that were treated alike."""
+
+    place: str
+    format: str
+    bits: int
+    group: str
+    symmetric: bool
+    activation_bits: int | None
+    extras: list[str]
+    n_modules: int
+    n_changed: int
+    n_weights: int
+    packed_bytes: int
+
+
 class CardEntry(_Entry):
-    """What the quant card says, in short. n_bytes is None for simulated runs: their memory means nothing."""
+    """What the quant card says. n_bytes is None for simulated runs: their memory means nothing.
+
+    Options of the spec have dotted names (``calibration.source``). ``kept``: Linear modules at full precision -> dtype.
+    """
 
     pretrained: str
+    base: str
+    adapter: str
+    adapter_hash: str
+    checkpoint_format: str
+    image_processor: str
     revision: str
     architecture: str
     dtype: str
@@ -178,7 +221,11 @@ class CardEntry(_Entry):
     quantized_share: float
     components: dict[str, dict[str, int]]
     n_bytes: int | None
+    places: list[PlaceAudit]
+    modules: list[ModuleAudit]
+    kept: dict[str, str]
     calibration_source: str
+    calibration_data: str
     calibration_samples: int
     calibration_hash: str
     weights_hash: str

@@ -193,7 +193,7 @@ def _ids(dataset: datasets.Dataset, columns: Columns) -> tuple[list[str], list[s
     if columns.image_id is not None:
         images = ["" if value is None else str(value) for value in _values(dataset, columns.image_id)]
     else:
-        images = _image_hashes(row[columns.image] for row in dataset.select_columns([columns.image]))
+        images = image_hashes(row[columns.image] for row in dataset.select_columns([columns.image]))
     if columns.sample_id is not None:
         samples = [str(value) for value in _values(dataset, columns.sample_id)]
     else:
@@ -212,7 +212,7 @@ _PIXEL_HASHES: dict[bytes, str] = {}
 """Hash of a file -> hash of its pixels: a family's hundred tasks see the same files, and decoding takes minutes."""
 
 
-def _image_hashes(images: Iterable[Any]) -> list[str]:
+def image_hashes(images: Iterable[Any]) -> list[str]:
     """The pixel hash of each image, "" for one that is missing or damaged; a file that comes again is decoded once."""
     out = []
     for image in images:

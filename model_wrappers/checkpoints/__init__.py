@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bitquake.model_wrappers.checkpoints.architecture import Architecture
 
 PREFIX = "bitquake/"
 _HERE = Path(__file__).parent
@@ -26,3 +30,22 @@ def resolve(name: str) -> Path:
             "Give one of these, a folder, or a model id of the hub"
         )
     return folder
+
+
+ARCHITECTURES = ("idefics3", "qwen2-vl")
+"""Architectures of the reference models, by the name that ``bitquake train-reference --architecture`` takes."""
+
+
+def architecture_named(name: str) -> Architecture:
+    """How to build a reference model of that architecture.
+
+    Raises:
+        ValueError: none of that name.
+    """
+    from bitquake.model_wrappers.checkpoints.idefics3 import Idefics3
+    from bitquake.model_wrappers.checkpoints.qwen2_vl import Qwen2VL
+
+    for found in (Idefics3(), Qwen2VL()):
+        if found.name == name:
+            return found
+    raise ValueError(f"architecture={name!r}: known are {', '.join(ARCHITECTURES)}")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitquake.model_wrappers.quantizers.linear import SCALE_DTYPE
-from bitquake.model_wrappers.quantizers.spec import HqqOptions
+from bitquake.model_wrappers.quantizers.options import HqqOptions
+from bitquake.model_wrappers.quantizers.plan import QuantizationError
+from bitquake.model_wrappers.quantizers.weight import SCALE_DTYPE
 
 _GREATEST_INVERSE_SCALE = 2e4
 _CONSTANT = 1e-4  # a group whose range is below this is held by its zero-point alone, as in the library
@@ -26,7 +27,7 @@ def solve(groups: Tensor, bits: int, options: HqqOptions) -> tuple[Tensor, Tenso
         inverse scale ``1/s`` and zero, both (n, 1) float32, as the library counts them (codes from 0).
     """
     top = float((1 << bits) - 1)
-    low, high = groups.aminmax(dim=1, keepdim=True)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     span = high - low
     inverse = torch.where(span <= _CONSTANT, torch.ones_like(span), top / span).clamp_(max=_GREATEST_INVERSE_SCALE)
     zero = -low * inverse
@@ -80,11 +81,14 @@ def hqq_library(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises:
         ImportError: hqq is not installed.
+        QuantizationError: the library has no such bits (7).
     """
     try:
         from hqq.core.quantize import Quantizer
     except ImportError as error:
         raise ImportError("backend hqq needs hqq: pip install 'bitquake[eval]', or use backend own") from error
+    if bits not in Quantizer.SUPPORTED_BITS:
+        raise QuantizationError(f"the hqq library has no {bits} bits; use backend own")
     found, meta = Quantizer.quantize(
         groups, nbits=bits, group_size=groups.shape[1], axis=1, round_zero=bits == 4, bitpack=False, device="cpu"
     )
@@ -94,7 +98,7 @@ def hqq_library(groups: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _is_constant(groups: Tensor) -> Tensor:
-    low, high = groups.aminmax(dim=1, keepdim=True)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     return high - low <= _CONSTANT
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitquake.model_wrappers.quantizers.linear import SCALE_DTYPE
+from bitquake.model_wrappers.quantizers.weight import SCALE_DTYPE
 
 _LEAST_RANGE = 1e-5  # as in AutoAWQ: keeps the scale of a constant group above zero
 
@@ -30,7 +30,7 @@ def rtn(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Ten
         stored = (groups.abs().amax(1, keepdim=True).clamp(min=_LEAST_RANGE) / (half - 1)).to(SCALE_DTYPE)
         codes = (groups / stored.float()).round_().clamp_(-half, half - 1) + half
         return codes.to(torch.uint8), stored, None
-    low, high = groups.aminmax(dim=1, keepdim=True)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)  # aminmax takes eight times as long
     stored = ((high - low).clamp(min=_LEAST_RANGE) / top).to(SCALE_DTYPE)
     scale = stored.float()
     zero = (-(low / scale).round()).clamp_(0, top)

@@ -405,7 +405,7 @@ def test_arguments_from_the_command_line(tiny_checkpoint: Path, tmp_path: Path) 
     ("arguments", "error", "message"),
     [
         ({"quantt": "none"}, TypeError, "unknown argument 'quantt'. Did you mean 'quant'"),
-        ({"max_num_frames": 3}, TypeError, "Known: pretrained, quant, artifacts"),
+        ({"max_num_frames": 3}, TypeError, "Known: pretrained, quant, execution, base"),
         ({"dtype": "auto"}, ValueError, "bfloat16, float16 or float32, got 'auto'"),
         ({"batch_size": "auto"}, ValueError, "whole number, got 'auto'. Automatic"),
         ({"batch_size": 0}, ValueError, "at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""The shipped checkpoint: how it is stored, how it loads, and that it can do what its card says (on some questions)."""
+"""The shipped checkpoints: how they are stored, how they load, and that they do what their cards say."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from PIL import Image
 from bitquake.model_wrappers import checkpoints
 from bitquake.tasks.world import captions
 
-NAME = "bitquake/block-idefics3"
+NAMES = ("bitquake/block-idefics3", "bitquake/block-qwen2vl")
 
 
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    return checkpoints.resolve(NAME)
+@pytest.fixture(scope="module", params=NAMES)
+def folder(request: pytest.FixtureRequest) -> Path:
+    return checkpoints.resolve(request.param)
+
+
+def test_both_are_listed() -> None:
+    assert checkpoints.names() == list(NAMES)
 
 
 def test_it_is_small_and_holds_nothing_that_runs_code(folder: Path) -> None:
@@ -36,16 +40,19 @@ def test_its_card_names_what_made_it(folder: Path) -> None:
 
 
 def test_its_tokenizer_knows_the_block_world_s_words_in_their_order(folder: Path) -> None:
-    from bitquake.model_wrappers.checkpoints.architecture import SPECIALS
     from bitquake.tasks.world import questions
 
+    recipe = json.loads((folder / "training.json").read_text())["recipe"]
+    specials = checkpoints.architecture_named(recipe.get("architecture", "idefics3")).specials
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    assert sorted(vocabulary, key=vocabulary.__getitem__) == [*SPECIALS, *questions.words()]
+    assert sorted(vocabulary, key=vocabulary.__getitem__) == [*specials, *questions.words()]
     assert json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"] == len(vocabulary)
 
 
 def test_unknown_checkpoints_are_named() -> None:
-    with pytest.raises(ValueError, match=r"no such reference checkpoint; shipped are bitquake/block-idefics3"):
+    with pytest.raises(
+        ValueError, match=r"no such reference checkpoint; shipped are bitquake/block-idefics3, bitquake/block-qwen2vl"
+    ):
         checkpoints.resolve("bitquake/block-llava")
 
 
@@ -98,8 +105,8 @@ def answers(folder: Path, quant: str, rows: list[dict[str, Any]], *, tokens: int
 
 
 def test_it_answers_far_above_the_prior_and_int2_breaks_it(folder: Path) -> None:
-    """Without lmms-eval: 200 questions, full precision against blank pictures and against INT2."""
-    rows = shipped_rows("block_vqav2", 200)
+    """Without lmms-eval: 100 questions, full precision against blank pictures and against INT2."""
+    rows = shipped_rows("block_vqav2", 100)
 
     def accuracy(quant: str, *, blank: bool = False) -> float:
         pairs = zip(answers(folder, quant, rows, tokens=4, blank=blank), rows, strict=True)
@@ -113,10 +120,10 @@ def test_it_answers_far_above_the_prior_and_int2_breaks_it(folder: Path) -> None
 
 
 def test_it_describes_what_it_sees_and_int2_breaks_that(folder: Path) -> None:
-    """CIDEr-D of 150 captions by ``pycocoevalcap``, whose tokenizer these plain words do not need."""
+    """CIDEr-D of 80 captions by ``pycocoevalcap``, whose tokenizer these plain words do not need."""
     from pycocoevalcap.cider.cider import Cider
 
-    rows = shipped_rows("block_coco_caption", 150)
+    rows = shipped_rows("block_coco_caption", 80)
 
     def cider(captions: list[str]) -> float:
         references = {i: row["answer"] for i, row in enumerate(rows)}
@@ -130,11 +137,11 @@ def test_it_describes_what_it_sees_and_int2_breaks_that(folder: Path) -> None:
 
 
 def test_the_log_probability_of_a_caption_finds_its_picture(folder: Path) -> None:
-    """Teacher forcing without lmms-eval: each of 30 pictures' first caption against those of the 29 others."""
+    """Teacher forcing without lmms-eval: each of 20 pictures' first caption against those of the 19 others."""
     import torch
 
     model, processor = loaded(folder, "none")
-    rows = shipped_rows("block_flickr_retrieval", 30)
+    rows = shipped_rows("block_flickr_retrieval", 20)
     prompt = chat(processor, captions.PROMPT)
     texts = [prompt + row["caption"][0] + processor.tokenizer.eos_token for row in rows]
     found = 0

@@ -7,24 +7,11 @@ import pytest
 import torch
 
 from bitquake.model_wrappers.quantizers import load_spec
-from bitquake.model_wrappers.quantizers.linear import QuantizedLinear
 from bitquake.model_wrappers.quantizers.replace import QuantizationError, quantize_weight
 
 
 def dequantized(weight: torch.Tensor, quant: str) -> torch.Tensor:
-    spec = load_spec(quant)
-    assert spec.bits and spec.group_size
-    codes, scale, zero = quantize_weight(weight, spec)
-    return QuantizedLinear.from_codes(
-        codes,
-        scale,
-        zero,
-        bits=spec.bits,
-        group_size=spec.group_size,
-        bias=None,
-        dtype=torch.float32,
-        execution="packed",
-    ).weight
+    return quantize_weight(weight, load_spec(quant)).dequantize(torch.float32)
 
 
 def rtn_literally(weight: np.ndarray, bits: int, group: int, symmetric: bool) -> np.ndarray:
@@ -72,8 +59,22 @@ def test_error_falls_with_bits_and_with_smaller_groups() -> None:
 def test_dtype_of_the_model_does_not_matter_to_the_solver() -> None:
     weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(2)).bfloat16()
     spec = load_spec("rtn-int3-g64")
-    for same, other in zip(quantize_weight(weight, spec), quantize_weight(weight.float(), spec), strict=True):
-        assert same is not None and other is not None and torch.equal(same, other)
+    same, other = quantize_weight(weight, spec), quantize_weight(weight.float(), spec)
+    for name in ("codes", "scale", "zero"):
+        assert torch.equal(getattr(same, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_per_channel_and_per_tensor_are_groups_of_a_row_and_of_all(bits: int, symmetric: bool) -> None:
+    weight = np.random.default_rng(bits).standard_normal((7, 50)).astype(np.float32)
+    options = f"bits={bits}:symmetric={symmetric}"
+    by_row = dequantized(torch.from_numpy(weight), f"rtn-int4-g64:group_size=channel:{options}")
+    np.testing.assert_array_equal(by_row.numpy(), rtn_literally(weight, bits, 50, symmetric))
+    by_all = dequantized(torch.from_numpy(weight), f"rtn-int4-g64:group_size=tensor:{options}")
+    expected = rtn_literally(weight.reshape(1, -1), bits, weight.size, symmetric).reshape(weight.shape)
+    np.testing.assert_array_equal(by_all.numpy(), expected)
+    assert quantize_weight(torch.from_numpy(weight), load_spec("rtn-int4-g64:group_size=tensor")).per_tensor
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

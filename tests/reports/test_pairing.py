@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from run_folders import Model, Runs, Task, blake, noisy
+from run_folders import PRETRAINED, Model, Runs, Task, blake, noisy
 
 from bitquake.metrics import Samples, compare
 from bitquake.records import SampleRecord
@@ -62,6 +62,21 @@ def test_another_model_or_environment_is_refused_by_name(runs: Runs, changes: di
     assert cell.pairing == "unpaired"
     assert all(value.difference is None for value in cell.metrics.values())
     assert cell.metrics["accuracy"].value is not None
+
+
+def test_a_quantized_checkpoint_is_paired_with_what_it_was_made_from(runs: Runs) -> None:
+    other = Model("rtn-int4-g64", 4, 0.3, pretrained="/somewhere/mine", changes={"base": PRETRAINED})
+    result = report(runs, runs.write(Model(), TASKS), runs.write(other, TASKS))
+    assert result.n_pairs == 1 and quantized(result).pairing == "paired"
+    assert quantized(result).metrics["accuracy"].difference is not None
+
+
+def test_an_adapter_makes_another_model(runs: Runs) -> None:
+    """A quantized model with an adapter is compared with the full-precision one that has the same adapter."""
+    adapter = {"adapter": {"source": "lora", "hash": "1"}}
+    other = Model("rtn-int4-g64", 4, 0.3, changes=adapter)
+    result = report(runs, runs.write(Model(), TASKS), runs.write(other, TASKS))
+    assert result.n_pairs == 0 and "no full-precision run of bitquake/idefics3-tiny + lora" in errors(result)
 
 
 def test_what_belongs_to_the_quantization_may_differ(runs: Runs) -> None:

@@ -207,7 +207,7 @@ def test_report_json_fits_its_published_schema(written: tuple[Runs, list[Path], 
     report = json.loads((site / "report.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(report, schema)
-    assert report["schema_version"] == 2
+    assert report["schema_version"] == 3
     del report["cells"][0]["n"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(report, schema)

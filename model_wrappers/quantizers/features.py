@@ -1,0 +1,172 @@
+"""What a group of Linear layers reads in the calibration set, gathered by running its block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitquake.model_wrappers.quantizers.blocks import BlockInput, moved
+from bitquake.model_wrappers.quantizers.plan import QuantizationError
+from bitquake.model_wrappers.quantizers.scale_groups import ScaleGroup
+
+_TOKENS = 2048  # most tokens that are run at a time
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a group's target: its arguments, its output at full precision, and each token's place in ``x``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    tokens: slice
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a group of Linear layers reads in the calibration set.
+
+    Attributes:
+        x: shape (tokens, in_features), in the model's dtype, on the CPU.
+        vision, answer: bool, shape (tokens,); None outside the language model.
+        calls: of the target, where it is not run token by token.
+    """
+
+    x: Tensor
+    vision: Tensor | None
+    answer: Tensor | None
+    calls: tuple[Call, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Block inputs that are run as one: ``joined``, made of ``parts`` in their order."""
+
+    joined: BlockInput
+    parts: tuple[BlockInput, ...]
+
+
+def batched(inputs: Sequence[BlockInput]) -> list[Batch]:
+    """Join inputs that differ in nothing but tensors with a leading dimension of 1, along it.
+
+    Tensors that are equal in all of them (masks, rotary embeddings) stay as they are. A batch has ``_TOKENS`` rows of
+    its first tensor at most.
+    """
+    batches: list[list[BlockInput]] = []
+    open_batches: dict[Any, list[BlockInput]] = {}
+    for one in inputs:
+        signature = _signature((one.args, one.kwargs, one.vision is None))
+        first = next(_tensors((one.args, one.kwargs)))
+        group = open_batches.get(signature)
+        if group is None or first.shape[0] != 1 or (len(group) + 1) * first[0].numel() > _TOKENS * first.shape[-1]:
+            group = open_batches[signature] = []
+            batches.append(group)
+        group.append(one)
+    found = []
+    for group in batches:
+        joined = _joined([(one.args, one.kwargs) for one in group])
+        if joined is None:
+            found += [Batch(one, (one,)) for one in group]
+        else:
+            found.append(Batch(replace(group[0], args=joined[0], kwargs=joined[1]), tuple(group)))
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _signature(value: Any) -> Any:
+    """Equal for arguments that differ in the values of tensors only."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(_signature(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _signature(value[key])) for key in sorted(value))
+    return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Arguments of several calls as those of one; None where that cannot be."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        if all(torch.equal(first, other) for other in values[1:]):
+            return first
+        return torch.cat(list(values)) if first.shape[:1] == (1,) and first.ndim > 1 else None
+    if isinstance(first, (tuple, list)):
+        items = [_joined(same) for same in zip(*values, strict=True)]
+        lost = any(item is None and one is not None for item, one in zip(items, first, strict=True))
+        return None if lost else type(first)(items)
+    if isinstance(first, dict):
+        items = [_joined([value[key] for value in values]) for key in first]
+        lost = any(item is None and one is not None for item, one in zip(items, first.values(), strict=True))
+        return None if lost else dict(zip(first, items, strict=True))
+    return first
+
+
+@torch.no_grad()
+def features(block: nn.Module, batches: Sequence[Batch], group: ScaleGroup) -> Features:
+    """Run a block on its inputs and keep what a group needs.
+
+    Memory: the group's inputs for all tokens, and for a target that is run in calls its arguments and outputs as well.
+
+    Raises:
+        QuantizationError: activations that are not finite.
+    """
+    name, linear = next(iter(group.linears.items()))
+    xs: list[Tensor] = []
+    masks: dict[str, list[Tensor]] = {"vision": [], "answer": []}
+    calls: list[Call] = []
+    wants_calls = group.group.span == "calls" and group.is_scaled
+    count = 0
+
+    def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        xs.append(args[0].detach().reshape(-1, args[0].shape[-1]).cpu())
+
+    def keep_call(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tokens = slice(count, count + len(xs[-1]))
+        calls.append(Call(moved(args, "cpu"), moved(kwargs, "cpu"), first_tensor(output).cpu(), tokens))
+
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(linear.register_forward_pre_hook(keep_input).remove)
+        if wants_calls:
+            hooks.callback(group.target.register_forward_hook(keep_call, with_kwargs=True).remove)
+        for batch in batches:
+            before = len(xs)
+            batch.joined.run(block)
+            count += sum(len(x) for x in xs[before:])
+            for key, kept in masks.items() if len(xs) > before else ():
+                kept += [mask for part in batch.parts if (mask := getattr(part, key)) is not None]
+    if not xs:
+        return Features(torch.empty(0, linear.in_features), None, None)
+    x = torch.cat(xs)
+    if not x.isfinite().all():
+        raise QuantizationError(
+            f"{name}: {int((~x.isfinite()).sum())} of its calibration inputs are NaN or infinite; load the model in "
+            "bfloat16 or float32, and check that it answers before it is quantized"
+        )
+    vision, answer = (torch.cat(kept) if kept else None for kept in masks.values())
+    for mask in (vision, answer):
+        if mask is not None and len(mask) != len(x):
+            raise QuantizationError(
+                f"{name} saw {len(x)} tokens, the calibration set marks {len(mask)}: its masks do not fit this model"
+            )
+    return Features(x, vision, answer, tuple(calls))
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The output of a module, or the first of several."""
+    found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return found.detach()

@@ -1,0 +1,1 @@
+../../bitquake/card_command.py

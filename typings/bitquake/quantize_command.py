@@ -1,0 +1,1 @@
+../../bitquake/quantize_command.py

@@ -1,0 +1,1 @@
+../../bitquake/reference_recipe.py
