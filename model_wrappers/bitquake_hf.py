@@ -236,12 +236,16 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         model = loaded.model
         before, self._calibrated, calibration = self._quantize(loaded, name, source, folder)
         kernels = use_kernels(model)
+        told_base = as_text("base", base)
+        if told_base and not loaded.checkpoint_format:
+            raise ValueError(f"bitquake_hf: base={told_base!r} is for checkpoints that came quantized; {name} did not.")
         self.card = build_card(
             model,
             loaded.spec,
             pretrained=name,
-            base=as_text("base", base) or loaded.base,
-            revision=loaded.base_revision or commit(model, revision),
+            base=told_base or loaded.base,
+            # of the model that was quantized: the pair has it in common; a published checkpoint does not say
+            revision=loaded.base_revision if loaded.checkpoint_format else commit(model, revision),
             before=before,
             calibration=calibration,
             checkpoint_format=loaded.checkpoint_format,

@@ -89,8 +89,7 @@ def _find_twin(run: Run, twins: Sequence[Run]) -> tuple[Run | None, str]:
     if card is None:
         return None, "its quant card is missing" if run.card_hash else "it has no quant card"
     model = f"{run.label}{f' (revision {card.revision})' if card.revision else ''}"
-    origin = (card.subject, card.revision)
-    same = [twin for twin in twins if twin.card and (twin.card.subject, twin.card.revision) == origin]
+    same = [twin for twin in twins if twin.card is not None and _made_from(card, twin.card)]
     if not same:
         return None, f"no full-precision run of {model} among the runs"
     differences = {twin.key: model_differences(run, twin) for twin in same}
@@ -99,6 +98,12 @@ def _find_twin(run: Run, twins: Sequence[Run]) -> tuple[Run | None, str]:
     best = min(same, key=lambda twin: (len(differences[twin.key]), -shared[twin.key], twin.key))
     found = differences[best.key]
     return (None, f"differs from its full-precision twin in {'; '.join(found)}") if found else (best, "")
+
+
+def _made_from(card: QuantCard, twin: QuantCard) -> bool:
+    """Whether a model was made from another one, as far as its card knows: a published checkpoint knows no revision."""
+    unknown = bool(card.base) and not card.revision
+    return card.subject == twin.subject and (unknown or card.revision == twin.revision)
 
 
 def model_differences(run: Run, twin: Run) -> list[str]:
@@ -111,6 +116,8 @@ def model_differences(run: Run, twin: Run) -> list[str]:
             ("architecture", a.architecture, b.architecture),
             ("dtype", a.dtype, b.dtype),
             ("device", _device_kind(a.device), _device_kind(b.device)),
+            ("adapter", a.adapter.hash if a.adapter else "", b.adapter.hash if b.adapter else ""),
+            ("image processor", a.image_processor, b.image_processor),
         )
         if left != right
     ]

@@ -37,6 +37,8 @@ _SAME_IN_A_CELL = (
 _NOT_SETTINGS = (
     "pretrained",
     "quant",
+    "execution",
+    "base",
     "artifacts",
     "journal",
     "device",
@@ -507,7 +509,7 @@ def settings_of(results: Mapping[str, Any], task: str) -> dict[str, str]:
 def command_line(results: Mapping[str, Any]) -> str:
     """The command that repeats the run, local folders shortened to their last part."""
     config = _mapping(results.get("config"))
-    arguments = {name: public_name(value) for name, value in model_arguments(results).items()}
+    arguments = {name: _public_argument(value) for name, value in model_arguments(results).items()}
     words = ["lmms-eval", "--model", str(config.get("model", "?"))]
     if arguments:
         words += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
@@ -516,6 +518,12 @@ def command_line(results: Mapping[str, Any]) -> str:
         if config.get(option):
             words += [f"--{option}", str(config[option])]
     return " ".join([*words, "--log_samples", "--output_path", "OUT"])
+
+
+def _public_argument(value: str) -> str:
+    """An argument with its folder shortened, also inside a quantization's overrides (``a:calibration.data=DIR``)."""
+    parts = (part.partition("=") for part in value.split(":"))
+    return ":".join(f"{key}{equals}{public_name(told)}" if equals else public_name(key) for key, equals, told in parts)
 
 
 def _relative(path: Path, folder: Path) -> str:

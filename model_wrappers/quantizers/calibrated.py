@@ -1,8 +1,8 @@
 """Methods that look at calibration data: GPTQ, AWQ, MBQ and SmoothQuant, block by block through a model.
 
 Memory beside the model: what ``BlockRunner`` keeps (up to three hidden states a token), and for one block at a time
-the inputs of a group of Linear layers for all tokens (AWQ, MBQ), with those and the outputs of an attention; or a
-Hessian for each group of the block, ``4 in_features**2`` bytes (GPTQ); MBQ's gradients are ``ratios.modality_ratios``'.
+what ``features`` keeps (AWQ, MBQ: about six hidden states and an inner width of the MLP a token), or a Hessian for each
+group of the block, ``4 in_features**2`` bytes (GPTQ). What MBQ's gradients need stands at ``modality_ratios``.
 """
 
 from __future__ import annotations
@@ -195,12 +195,8 @@ def _searched(
 ) -> dict[str, QuantizedWeight]:
     """AWQ and MBQ: scales by a search, the range clipped if so asked, then rounding."""
     results: dict[str, QuantizedWeight] = {}
-    for group in scale_groups(model, block):
-        if not group.is_scaled and not (clip and group.clipped):
-            for name, linear in group.linears.items():
-                results[name] = _rounded(name, linear, linear.weight, specs[name], None)
-            continue
-        found = features(block.module, batches, group)
+    groups = scale_groups(model, block)
+    for group, found in zip(groups, features(block.module, batches, groups), strict=True):
         if not len(found.x):
             raise _unreached(next(iter(group.linears)))
         scale = search(block, group, found) if group.is_scaled else None

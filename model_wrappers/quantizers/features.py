@@ -14,7 +14,7 @@ from bitquake.model_wrappers.quantizers.blocks import BlockInput, moved
 from bitquake.model_wrappers.quantizers.plan import QuantizationError
 from bitquake.model_wrappers.quantizers.scale_groups import ScaleGroup
 
-_TOKENS = 2048  # most tokens that are run at a time
+_TOKENS = 1024  # most tokens that are run at a time
 
 
 @dataclass(frozen=True)
@@ -117,53 +117,71 @@ def _joined(values: Sequence[Any]) -> Any:
 
 
 @torch.no_grad()
-def features(block: nn.Module, batches: Sequence[Batch], group: ScaleGroup) -> Features:
-    """Run a block on its inputs and keep what a group needs.
+def features(block: nn.Module, batches: Sequence[Batch], groups: Sequence[ScaleGroup]) -> list[Features]:
+    """Run a block once on its inputs and keep what each of its groups needs.
 
-    Memory: the group's inputs for all tokens, and for a target that is run in calls its arguments and outputs as well.
+    Memory: the inputs of every group for all tokens, and for a target that is run in calls its arguments and outputs
+    as well: of a decoder layer about six hidden states and one of the MLP's inner width per token, on the CPU.
 
     Raises:
         QuantizationError: activations that are not finite.
     """
-    name, linear = next(iter(group.linears.items()))
-    xs: list[Tensor] = []
-    masks: dict[str, list[Tensor]] = {"vision": [], "answer": []}
-    calls: list[Call] = []
-    wants_calls = group.group.span == "calls" and group.is_scaled
-    count = 0
-
-    def keep_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        xs.append(args[0].detach().reshape(-1, args[0].shape[-1]).cpu())
-
-    def keep_call(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        tokens = slice(count, count + len(xs[-1]))
-        calls.append(Call(moved(args, "cpu"), moved(kwargs, "cpu"), first_tensor(output).cpu(), tokens))
-
+    seen = [_Seen(group) for group in groups]
     with contextlib.ExitStack() as hooks:
-        hooks.callback(linear.register_forward_pre_hook(keep_input).remove)
-        if wants_calls:
-            hooks.callback(group.target.register_forward_hook(keep_call, with_kwargs=True).remove)
+        for one in seen:
+            hooks.callback(one.linear.register_forward_pre_hook(one.keep_input).remove)
+            if one.group.group.span == "calls" and one.group.is_scaled:
+                hooks.callback(one.group.target.register_forward_hook(one.keep_call, with_kwargs=True).remove)
         for batch in batches:
-            before = len(xs)
+            for one in seen:
+                one.batch = batch
             batch.joined.run(block)
-            count += sum(len(x) for x in xs[before:])
-            for key, kept in masks.items() if len(xs) > before else ():
-                kept += [mask for part in batch.parts if (mask := getattr(part, key)) is not None]
-    if not xs:
-        return Features(torch.empty(0, linear.in_features), None, None)
-    x = torch.cat(xs)
-    if not x.isfinite().all():
-        raise QuantizationError(
-            f"{name}: {int((~x.isfinite()).sum())} of its calibration inputs are NaN or infinite; load the model in "
-            "bfloat16 or float32, and check that it answers before it is quantized"
-        )
-    vision, answer = (torch.cat(kept) if kept else None for kept in masks.values())
-    for mask in (vision, answer):
-        if mask is not None and len(mask) != len(x):
+    return [one.gathered() for one in seen]
+
+
+class _Seen:
+    """What hooks saw of one group."""
+
+    def __init__(self, group: ScaleGroup) -> None:
+        self.group = group
+        self.name, self.linear = next(iter(group.linears.items()))
+        self.batch: Batch | None = None
+        self.xs: list[Tensor] = []
+        self.vision: list[Tensor] = []
+        self.answer: list[Tensor] = []
+        self.calls: list[Call] = []
+        self.count = 0
+
+    def keep_input(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert self.batch is not None
+        x = args[0].detach().reshape(-1, args[0].shape[-1]).cpu()
+        self.xs.append(x)
+        self.count += len(x)
+        self.vision += [part.vision for part in self.batch.parts if part.vision is not None]
+        self.answer += [part.answer for part in self.batch.parts if part.answer is not None]
+
+    def keep_call(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tokens = slice(self.count - len(self.xs[-1]), self.count)
+        self.calls.append(Call(moved(args, "cpu"), moved(kwargs, "cpu"), first_tensor(output).cpu(), tokens))
+
+    def gathered(self) -> Features:
+        if not self.xs:
+            return Features(torch.empty(0, self.linear.in_features), None, None)
+        x = torch.cat(self.xs)
+        self.xs.clear()
+        if not x.isfinite().all():
             raise QuantizationError(
-                f"{name} saw {len(x)} tokens, the calibration set marks {len(mask)}: its masks do not fit this model"
+                f"{self.name}: {int((~x.isfinite()).sum())} of its calibration inputs are NaN or infinite; load the "
+                "model in bfloat16 or float32, and check that it answers before it is quantized"
             )
-    return Features(x, vision, answer, tuple(calls))
+        vision, answer = (torch.cat(masks) if masks else None for masks in (self.vision, self.answer))
+        for mask in (vision, answer):
+            if mask is not None and len(mask) != len(x):
+                raise QuantizationError(
+                    f"{self.name} saw {len(x)} tokens, the calibration set marks {len(mask)}: its masks do not fit "
+                    "this model"
+                )
+        return Features(x, vision, answer, tuple(self.calls))
 
 
 def first_tensor(output: Any) -> Tensor:

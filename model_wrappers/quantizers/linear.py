@@ -76,7 +76,7 @@ class LinearLayout:
             )
         layout = cls(**values)
         fits = {
-            "bits": layout.bits in range(2, 9),
+            "bits": isinstance(layout.bits, int),  # packing says how many
             "group_size": isinstance(layout.group_size, int) and layout.group_size > 0,
             "scale_dtype": layout.scale_dtype in _FLOATS,
             "zero_dtype": layout.zero_dtype in (*_FLOATS, "int8"),
@@ -245,19 +245,11 @@ class QuantizedLinear(nn.Module):
             return (self.dequantized.float() / self.input_scale).to(self.weight_dtype)  # rounded twice: codes forgotten
         return self._dequantize(divided=True)
 
-    def is_on_grid(self, rows: int = 16) -> bool:
-        """Whether the first ``rows`` of a simulated weight are what their codes say; True for packed layers."""
+    def is_on_grid(self) -> bool:
+        """Whether a simulated weight is what its codes say, bit for bit; True for packed layers."""
         if self.dequantized is None:
             return True
-        part = slice(0, min(rows, self.out_features))
-        packed, scale = self._held()
-        zero = self.zero
-        if not self.layout.per_tensor:
-            scale, zero = scale[part], None if zero is None else zero[part]
-        codes = unpack(packed[part], self.bits, self.in_features)
-        grid = QuantizedWeight(codes, scale, zero, self.bits, self.group_size, self.input_scale, self.order)
-        expected = grid.dequantize(self.dequantized.dtype, divided=self.activation_bits is None)
-        return torch.equal(expected, self.dequantized[part])
+        return torch.equal(self._dequantize(divided=self.activation_bits is None), self.dequantized)
 
     def refresh(self) -> QuantizedLinear:
         """Make ``dequantized`` anew from the codes (simulated execution); returns the layer itself."""

@@ -14,8 +14,9 @@ def rtn(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Ten
     """Quantize each row of ``groups`` by itself.
 
     Asymmetric: ``s = max(w_max - w_min, 1e-5) / (2^b - 1)``, ``z = clamp(-round(w_min / s), 0, 2^b - 1)``,
-    ``code = clamp(round(w / s) + z, 0, 2^b - 1)``. Symmetric: ``s = max(|w|) / (2^(b-1) - 1)`` and codes around
-    ``2^(b-1)``. The scale is rounded to its stored float16 first, so that the codes are the nearest to what is stored.
+    ``code = clamp(round(w / s) + z, 0, 2^b - 1)``, the range widened to hold 0 (AutoAWQ's is not, so that it clips a
+    group of one sign towards 0). Symmetric: ``s = max(|w|) / (2^(b-1) - 1)`` and codes around ``2^(b-1)``. The scale
+    is rounded to its stored float16 first, so that the codes are the nearest to what is stored.
 
     Args:
         groups: shape (n, group), float32, finite.
@@ -30,7 +31,8 @@ def rtn(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Ten
         stored = (groups.abs().amax(1, keepdim=True).clamp(min=_LEAST_RANGE) / (half - 1)).to(SCALE_DTYPE)
         codes = (groups / stored.float()).round_().clamp_(-half, half - 1) + half
         return codes.to(torch.uint8), stored, None
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)  # aminmax takes eight times as long
+    # aminmax takes eight times as long
+    low, high = groups.amin(1, keepdim=True).clamp_(max=0), groups.amax(1, keepdim=True).clamp_(min=0)
     stored = ((high - low).clamp(min=_LEAST_RANGE) / top).to(SCALE_DTYPE)
     scale = stored.float()
     zero = (-(low / scale).round()).clamp_(0, top)

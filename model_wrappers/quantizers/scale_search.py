@@ -8,6 +8,9 @@ It chooses what trying every candidate on every token chooses, with less work:
   its sum so far is above the least whole sum: errors are not negative, so it could not win any more;
 - the squared error of a single Linear is ``tr(D H D^T)`` with ``H = X^T X`` and ``D`` the change of the weight,
   whatever the number of tokens.
+
+Candidates whose losses lie within a few per cent of each other have to be run nearly whole, so large layers take about
+as many multiplications as trying everything (benchmarks/quantization.py shows how many times faster the search is).
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ from bitquake.model_wrappers.quantizers.spec import QuantSpec
 _ROUNDED = 1 << 17  # weights rounded at a time: the working set stays in the processor's cache
 _KEPT = 1 << 26  # rounded weights of all candidates that are kept together; of larger layers one candidate's is
 _TOKENS = 2048  # most tokens that are run at a time
-_LEAST_PART = 64  # fewest tokens worth a call
-_VALUES = 1 << 20  # outputs of candidates that are run in one call
+_LEAST_PART = 128  # fewest tokens worth a call
+_PRODUCTS = 1 << 24  # multiplications worth a call: smaller candidates are run several in one
 
 
 def fake_quantize(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -124,33 +127,42 @@ class _Rounded:
     def __init__(self, group: ScaleGroup, candidates: Tensor, specs: Mapping[str, QuantSpec]) -> None:
         self.group, self.candidates, self.specs = group, candidates, specs
         self.activation_bits = next(iter(specs[name].activation_bits for name in group.linears))
-        self.width = sum(linear.out_features for linear in group.linears.values())
-        elements = sum(linear.weight.numel() for linear in group.linears.values())
-        self.keeps_all = elements * len(candidates) <= _KEPT
+        self.elements = sum(linear.weight.numel() for linear in group.linears.values())
+        self.keeps_all = self.elements * len(candidates) <= _KEPT
         self._kept: dict[str, Tensor] = {}
         self._held: list[int] = []
 
-    def __call__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Full name -> weights, shape (candidates, out, in), float32: on the scaled grid when activations are rounded,
-        else with the scale divided out."""
+    def at_once(self, tokens: int) -> int:
+        """How many candidates to run in one call on so many tokens."""
+        return max(1, _PRODUCTS // (tokens * self.elements)) if self.keeps_all else 1
+
+    def __call__(self, indices: list[int], *, minus: bool = False) -> dict[str, Tensor]:
+        """Full name -> weights, shape (candidates, out, in), float32, or with ``minus`` what they differ by.
+
+        They stand on the scaled grid when activations are rounded; else the scale is divided out.
+        """
         wanted = list(range(len(self.candidates))) if self.keeps_all else indices
         if self._held != wanted:
-            self._kept = {name: self._make(name, linear, wanted) for name, linear in self.group.linears.items()}
+            self._kept = {name: self._make(linear, self.specs[name], wanted, minus)
+                          for name, linear in self.group.linears.items()}  # fmt: skip
             self._held = wanted
         if wanted == indices:
             return self._kept
-        return {name: weights[indices] for name, weights in self._kept.items()}
+        rows: Any = slice(indices[0], indices[0] + 1) if len(indices) == 1 else indices  # a slice copies nothing
+        return {name: weights[rows] for name, weights in self._kept.items()}
 
-    def _make(self, name: str, linear: nn.Linear, indices: list[int]) -> Tensor:
+    def _make(self, linear: nn.Linear, spec: QuantSpec, indices: list[int], minus: bool) -> Tensor:
         scales = self.candidates[indices][:, None, :]
-        scaled = linear.weight.float() * scales
-        made = fake_quantize(scaled.reshape(-1, linear.in_features), self.specs[name]).view(scaled.shape)
-        return made if self.activation_bits else made.div_(scales)
+        weight = linear.weight.float()
+        scaled = weight * scales
+        made = fake_quantize(scaled.view(-1, linear.in_features), spec).view(scaled.shape)
+        made = made if self.activation_bits else made.div_(scales)
+        return made.sub_(weight) if minus else made
 
     def changes(self, indices: list[int]) -> Tensor:
-        """How the weights of the only layer change, shape (candidates, out, in)."""
-        ((name, linear),) = self.group.linears.items()
-        return self(indices)[name] - linear.weight.float()
+        """How the weights of the only layer change, shape (candidates, out, in); in place of the weights."""
+        (changes,) = self(indices, minus=True).values()
+        return changes
 
     @contextlib.contextmanager
     def applied(self, indices: list[int]) -> Iterator[None]:
@@ -218,14 +230,18 @@ def _race(n: int, errors: _Errors, first: int) -> Choice:
     """The candidate with the least sum over the parts, the first of equal ones."""
     errors.begin(first)
     best, least, n_parts = first, sum(errors.of_first), errors.n_parts
-    others = [index for index in range(n) if index != first]
-    done = n_parts + len(others)
-    totals = dict(zip(others, errors.losses(others, 0), strict=True))
-    order = sorted(others, key=lambda index: (totals[index], index))
-    # The likeliest first and alone: it lowers the bar for all others. Larger layers go on one by one.
-    step = n if errors.rounded.keeps_all else 1
-    for running in (order[:1], *(order[start : start + step] for start in range(1, len(order), step))):
-        for part in range(1, n_parts):
+    others = sorted((index for index in range(n) if index != first), key=lambda index: abs(index - first))
+    totals = dict.fromkeys(others, 0.0)
+    done = n_parts
+    if errors.rounded.keeps_all:  # a look at all of them, then the likeliest alone: it lowers the bar for the others
+        totals = dict(zip(others, errors.losses(others, 0), strict=True))
+        done += len(others)
+        others.sort(key=lambda index: totals[index])
+        turns, begin = [others[:1], others[1:]], 1
+    else:  # their weights are made anew for each turn: one by one, neighbours of the first first
+        turns, begin = [[index] for index in others], 0
+    for running in turns:
+        for part in range(begin, n_parts):
             running = [index for index in running if totals[index] <= least]
             if not running:
                 break
@@ -247,15 +263,9 @@ def _error(difference: Tensor, power: int, weights: Tensor | None) -> Tensor:
 
 
 def _parts(n: int) -> list[slice]:
-    """Cuts of n sorted tokens, short at first: a sixteenth, a sixteenth, an eighth, a quarter, a half."""
-    cuts, start = [], 0
-    for share in (16, 16, 8, 4, 2):
-        stop = min(n, start + max(_LEAST_PART, -(-n // share)))
-        while start < stop:
-            end = min(stop, start + _TOKENS)
-            cuts.append(slice(start, end))
-            start = end
-    return cuts
+    """Cuts of n sorted tokens: a sixteenth each, but no less than is worth a call and no more than a call holds."""
+    size = min(_TOKENS, max(_LEAST_PART, -(-n // 16)))
+    return [slice(start, min(n, start + size)) for start in range(0, n, size)]
 
 
 class _TokenErrors:
@@ -289,8 +299,7 @@ class _TokenErrors:
     def losses(self, indices: list[int], part: int) -> list[float]:
         """See ``_Errors``."""
         tokens = self.parts[part]
-        width = self.rounded.width + (0 if self.reference is None else self.reference.shape[-1])
-        step = max(1, _VALUES // ((tokens.stop - tokens.start) * width))
+        step = self.rounded.at_once(tokens.stop - tokens.start)
         found: list[float] = []
         for start in range(0, len(indices), step):
             errors = self._errors(indices[start : start + step], tokens)
@@ -344,10 +353,8 @@ class _CallErrors:
     def losses(self, indices: list[int], part: int) -> list[float]:
         """See ``_Errors``."""
         call = self.calls[part]
-        tokens = call.output.numel() // call.output.shape[-1]
-        step = max(1, _VALUES // (tokens * (self.rounded.width + call.output.shape[-1])))
-        if call.output.ndim < 3:  # packed sequences have no dimension that samples could be put in
-            step = 1
+        # packed sequences (two dimensions) have none in which candidates could be put
+        step = self.rounded.at_once(call.output[..., 0].numel()) if call.output.ndim > 2 else 1
         weights = None if self.weights is None else self.weights[call.tokens].to(self.device)
         reference = call.output.to(self.device).float().reshape(-1, call.output.shape[-1])
         args, kwargs = moved(call.args, self.device), moved(call.kwargs, self.device)

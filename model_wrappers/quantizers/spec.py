@@ -367,8 +367,14 @@ def _overridden(base: QuantSpec, overrides: list[str], where: str) -> QuantSpec:
             target[leaf] = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise QuantSpecError(f"quantization spec {where!r}: {item!r} has no readable value") from error
-    values["name"] = ":".join([base.name, *sorted(overrides)])
+    values["name"] = ":".join([base.name, *map(_without_folders, sorted(overrides))])
     return _validated(values, where)
+
+
+def _without_folders(override: str) -> str:
+    """A name stands in reports, which show nobody's folders."""
+    key, _, value = override.partition("=")
+    return f"{key}={Path(value).name or value}" if key == "calibration.data" else override
 
 
 def _from_file(path: Path) -> QuantSpec:

@@ -74,7 +74,7 @@ def test_scales_are_those_of_the_published_search(tiny_architectures: Any, name:
             if not group.is_scaled:
                 assert name != "blip-2" and next(iter(group.linears)).endswith("o_proj")  # queries are grouped
                 continue
-            seen = features(block.module, batched(inputs), group)
+            seen = features(block.module, batched(inputs), [group])[0]
             scale, choice = awq_scale(group, seen, dict.fromkeys(targets, spec), AwqOptions(**options))
             first = next(iter(group.linears)).removeprefix(f"{block.name}.")
             chosen[block.name, first] = choice.index

@@ -107,7 +107,7 @@ def test_scales_are_those_of_the_published_search(tiny_architectures: Any, name:
         )  # fmt: skip
         for group in scale_groups(model, block):
             if group.is_scaled:
-                seen = features(block.module, batched(inputs), group)
+                seen = features(block.module, batched(inputs), [group])[0]
                 ratio = rho[group.group.kind]
                 scale, choice = mbq_scale(group, seen, dict.fromkeys(targets, spec), spec.mbq, ratio)
                 first = next(iter(group.linears)).removeprefix(f"{block.name}.")

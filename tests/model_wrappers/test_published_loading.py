@@ -313,6 +313,14 @@ def test_settings_beside_config_json(file: str, settings: dict[str, Any], write:
     assert torch.equal(model.get_submodule(name).weight, written.expected.get_submodule(name).weight)
 
 
+def test_the_file_name_that_autogptq_gave(write: Write) -> None:
+    settings = {"bits": 4, "group_size": 16, "desc_act": False, "model_file_base_name": "gptq_model-4bit-16g"}
+    written = write("qwen2_vl", "rtn-int4-g64:group_size=16", pack_gptq(1), settings, side_file="quantize_config.json")
+    (written.path / "model.safetensors").rename(written.path / "gptq_model-4bit-16g.safetensors")
+    _, hashes, _ = written.load()
+    assert sorted(hashes) == sorted(written.modules)
+
+
 # GRACE
 
 

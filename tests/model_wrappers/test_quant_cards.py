@@ -226,6 +226,11 @@ def test_what_cannot_be_quantized_is_refused() -> None:
         model.model.text_model.layers[1].mlp.down_proj.weight[5, 7] = float("nan")
     with pytest.raises(QuantizationError, match=r"layers.1.mlp.down_proj \(shape \(32, 72\)\): 1 weights .* NaN"):
         quantize_model(model, spec)
+    done = [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
+    assert len(done) == 13 and all(name.startswith("model.text_model.layers.") for name in done)  # kept as they are
+
+    with pytest.raises(QuantizationError, match="method gptq needs calibration data, and there is none"):
+        quantize_model(tiny(), load_spec("gptq-int4-g64"))
 
     with pytest.raises(QuantizationError, match="14 weights are offloaded"):
         quantize_model(tiny().to("meta"), spec)
@@ -243,7 +248,7 @@ def test_a_card_is_made_from_the_tensors_not_from_the_spec() -> None:
         build_card(tiny(), spec, pretrained="", before=before)
     dense = copy.deepcopy(model)
     target = dense.get_submodule("model.text_model.layers.1.mlp.gate_proj")
-    target.dequantized = torch.randn_like(target.dequantized)
+    target.dequantized[-1, -1] += 1
     with pytest.raises(
         QuantCardError, match=r"gate_proj claims 3 bits, but its de-quantized weight is not what its codes say"
     ):

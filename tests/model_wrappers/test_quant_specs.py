@@ -54,6 +54,13 @@ def test_overrides() -> None:
     assert load_spec(spec) is spec
 
 
+def test_a_name_shows_nobodys_folders() -> None:
+    spec = load_spec("awq-int4-g64:calibration.samples=3:calibration.data=some/where/photos")
+    assert spec.name == "awq-int4-g64:calibration.data=photos:calibration.samples=3"
+    assert spec.calibration is not None and spec.calibration.data == "some/where/photos"
+    assert load_spec("awq-int4-g64:calibration.data=block_vqav2").name == "awq-int4-g64:calibration.data=block_vqav2"
+
+
 def test_a_file_of_the_users(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("method: rtn\nbits: 4\ngroup_size: 48\ncomponents: [connector, language]\n")

@@ -26,9 +26,9 @@ def rtn_literally(weight: np.ndarray, bits: int, group: int, symmetric: bool) ->
                 scale = one(np.float16(one(max(np.abs(w).max(), one(1e-5))) / one(2 ** (bits - 1) - 1)))
                 lowest, highest, zero = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, one(0)
             else:
-                scale = one(np.float16(one(max(w.max() - w.min(), one(1e-5))) / one(2**bits - 1)))
+                scale = one(np.float16(one(max(max(w.max(), 0) - min(w.min(), 0), one(1e-5))) / one(2**bits - 1)))
                 lowest, highest = 0, 2**bits - 1
-                zero = one(np.clip(-np.rint(w.min() / scale), lowest, highest))
+                zero = one(np.clip(-np.rint(one(min(w.min(), 0)) / scale), lowest, highest))
             for i, value in enumerate(w):
                 code = np.clip(np.rint(value / scale) + zero, lowest, highest)
                 out[row, start + i] = scale * (code - zero)
@@ -42,10 +42,21 @@ def test_equals_the_formula(rows: int, columns: int, group: int, bits: int, symm
     rng = np.random.default_rng(rows * columns + bits)
     weight = (rng.standard_t(4, (rows, columns)) * 0.03 + 0.005).astype(np.float32)
     weight[0] = 0.0  # a dead row
-    weight[1, :group] = 0.25  # a constant group, which the asymmetric formula clips
+    weight[1, :group] = 0.25  # a constant group
     weight[2] = np.abs(weight[2])
     got = dequantized(torch.from_numpy(weight), f"rtn-int{bits}-g64:group_size={group}:symmetric={symmetric}")
     np.testing.assert_array_equal(got.numpy(), rtn_literally(weight, bits, group, symmetric))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_group_of_one_sign_is_not_clipped(bits: int) -> None:
+    """AutoAWQ's range leaves 0 out while its zero-point is a code: such a group would shrink towards 0."""
+    weight = torch.tensor([[0.5] * 64, [-0.3] * 64, [0.4, 0.6] * 32])
+    got = dequantized(weight, f"rtn-int4-g64:bits={bits}")
+    step = weight.abs().amax(1, keepdim=True) / (2**bits - 1)
+    assert ((got - weight).abs() <= 0.5 * step + 1e-3 * weight.abs()).all()
+    alone = torch.randn(5, 65, generator=torch.Generator().manual_seed(0))  # a last group of one weight
+    torch.testing.assert_close(dequantized(alone, "rtn-int8-g64")[:, 64], alone[:, 64], rtol=1e-3, atol=0)
 
 
 def test_error_falls_with_bits_and_with_smaller_groups() -> None:

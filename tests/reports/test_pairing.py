@@ -71,6 +71,21 @@ def test_a_quantized_checkpoint_is_paired_with_what_it_was_made_from(runs: Runs)
     assert quantized(result).metrics["accuracy"].difference is not None
 
 
+def test_a_published_checkpoint_knows_no_revision_of_its_base(runs: Runs) -> None:
+    changes = {"base": PRETRAINED, "revision": ""}
+    other = Model("gptq-int4-g128", 4, 0.3, pretrained="somebody/model-GPTQ", changes=changes)
+    assert report(runs, runs.write(Model(), TASKS), runs.write(other, TASKS)).n_pairs == 1
+    stranger = Model("awq-int4-g128", 4, 0.3, pretrained="somebody/other", changes={"base": "x/y", "revision": ""})
+    assert report(runs, runs.write(Model(), TASKS), runs.write(stranger, TASKS)).n_pairs == 0
+
+
+def test_another_image_processor_makes_no_pair(runs: Runs) -> None:
+    twin = Model(changes={"image_processor": "FastOne"})
+    other = Model("rtn-int4-g64", 4, 0.3, changes={"image_processor": "SlowOne"})
+    result = report(runs, runs.write(twin, TASKS), runs.write(other, TASKS))
+    assert result.n_pairs == 0 and "image processor SlowOne vs FastOne" in errors(result)
+
+
 def test_an_adapter_makes_another_model(runs: Runs) -> None:
     """A quantized model with an adapter is compared with the full-precision one that has the same adapter."""
     adapter = {"adapter": {"source": "lora", "hash": "1"}}

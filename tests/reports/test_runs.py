@@ -10,7 +10,7 @@ import pytest
 from run_folders import Model, Runs, Task, blake, noisy, records, sample_line
 
 from bitquake.reports import RunError, read_runs
-from bitquake.reports.runs import Cell, Inputs, expected_samples, public_name
+from bitquake.reports.runs import Cell, Inputs, command_line, expected_samples, public_name
 
 FULL, INT4 = Model(), Model("rtn-int4-g64", 4, 0.3)
 
@@ -354,3 +354,11 @@ def test_a_results_file_that_tells_no_number_of_samples(runs: Runs, folder: Path
 )
 def test_local_folders_are_not_published(told: str, shown: str) -> None:
     assert public_name(told) == shown
+
+
+def test_the_command_shows_nobodys_folders() -> None:
+    quant = "awq-int4-g64:calibration.data=/home/somebody/pictures:bits=3"
+    told = f"pretrained=/home/somebody/model,quant={quant},batch_size=8"
+    shown = command_line({"config": {"model": "bitquake_hf", "model_args": told}})
+    assert "somebody" not in shown
+    assert "pretrained=model,quant=awq-int4-g64:calibration.data=pictures:bits=3,batch_size=8" in shown

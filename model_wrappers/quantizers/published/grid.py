@@ -13,6 +13,8 @@ _MOST = 128  # steps of the largest weight: 8 bits symmetric
 _STAGES = (4, 64)  # groups looked at first, to be done with ordinary weights quickly
 _FIRST_COLUMNS = 256  # and columns of the very first
 _EVIDENCE = 100.0  # bits
+_SURE = 0.25  # of a step: weights that may be farther off do not say which k is theirs, and count for nothing
+_PARTS = (0.5, 0.375, 0.625, 0.25, 0.75, 0.125, 0.875, 0.0, 1.0)
 _ELEMENTS = 1 << 21  # numbers at a time
 _PRECISIONS = (
     # dtype, digits, least spacing, and how many units in the last place a weight may be off: half, and where the
@@ -48,11 +50,11 @@ def detect_grid(weight: Tensor, *, group_sizes: Sequence[int] = GROUP_SIZES, max
     """The grid that a weight lies on (2 to 8 bits symmetric, 2 to 7 asymmetric), or None.
 
     A group lies on a grid when one s makes every weight a rounded ``s * k`` with whole k. For each k that the largest
-    weight may have, s is estimated and then proved by intersecting the intervals of s that the weights' roundings
-    allow. Any group of few values lies on some grid, so there must be evidence, too: each further magnitude that falls
-    on the grid counts as much as that was improbable, less the choice of s, and each magnitude once in the whole
-    weight. So a weight of few values, a sign matrix or zeros are taken for no grid; nor is a 2-bit one that uses three
-    levels, which cannot be told from those.
+    weight may have, s is estimated and confined to the intersection of the intervals that the weights' roundings allow;
+    then every weight must be where it may be. Any group of few values lies on some grid, so there must be evidence:
+    each further magnitude that falls on the grid counts as much as that was improbable, less the choice of s, and each
+    magnitude once in the whole weight. So a weight of few values, a sign matrix or zeros are taken for no grid; nor is
+    a 2-bit one that uses three levels, which cannot be told from those.
 
     Args:
         weight: shape (out, in), any floating dtype and device.
@@ -144,12 +146,25 @@ def _fit(groups: Tensor, margin: Tensor, most: int) -> tuple[Tensor, Tensor] | N
             ratios = torch.where(used, values / torch.where(used, k, 1.0), 0.0)
             mean = ratios.sum(dim=2, keepdim=True) / used.sum(dim=2, keepdim=True).clamp(min=1)
             scale = torch.where(mean > 0, mean, scale)
-        k = (values / scale).round_()
-        size = k.abs()
-        infinite = torch.full_like(size, torch.inf)
-        low = torch.where(size > 0, (values.abs() - slack) / size, 0.0).amax(dim=2)
-        high = torch.where(size > 0, (values.abs() + slack) / size, infinite).amin(dim=2)
-        fits = (low <= high) & ((k != 0) == (values != 0)).all(dim=2) & (size.amax(dim=2) <= most)
+        size = (values / scale).round_().abs()
+        sure = (size > 0) & (slack < _SURE * scale)
+        low = torch.where(sure, (values.abs() - slack) / size, 0.0).amax(dim=2, keepdim=True)
+        high = torch.where(sure, (values.abs() + slack) / size, torch.inf).amin(dim=2, keepdim=True)
+        possible = low <= high
+        if not bool(possible.any(dim=0).all()):
+            return None
+        low, high = (torch.where(high.isfinite(), bound, scale) for bound in (low, high))
+        k, fits = torch.zeros_like(size), torch.zeros_like(possible)
+        for part in _PARTS:  # the other weights decide where in its interval s is
+            tried = low + (high - low) * part
+            # of two codes that are possible for the largest weight, the one that 8 bits have
+            steps_there = (values / tried).round_().clamp_(-most, most - (most == _MOST))
+            allowed = torch.where(slack < _SURE * tried, slack, slack + 0.1 * tried)
+            good = ((values - steps_there * tried).abs() <= allowed).all(dim=2, keepdim=True) & possible & ~fits
+            k, scale, fits = torch.where(good, steps_there, k), torch.where(good, tried, scale), fits | good
+            if bool(fits[possible].all()):
+                break
+        fits = fits.squeeze(2)
         if not bool(fits.any(dim=0).all()):
             return None
         first = fits.int().argmax(dim=0)
@@ -167,7 +182,7 @@ def _evidence(groups: Tensor, codes: Tensor, scale: Tensor, margin: Tensor) -> f
         largest = float(values.max())
         if not largest:
             continue
-        by_chance = (2 * slack / s).clamp(max=1.0)
+        by_chance = torch.where(slack < _SURE * s, 2 * slack / s, 1.0)
         new = {v: -p for v, p in zip(values.tolist(), by_chance.log2().tolist(), strict=True) if v and v not in seen}
         seen.update(new)
         new.pop(largest, None)
