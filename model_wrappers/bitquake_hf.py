@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -69,8 +69,9 @@ from .loading import (
 )
 from .prefetch import prefetch
 from .quant_cards import artifacts_dir, build_card, calibration_entry, store_card
-from .quantizers import load_spec
+from .quantizers import QuantSpec, load_spec
 from .quantizers.linear import forget_codes, use_kernels
+from .quantizers.published.grid import grid_name, on_grid
 from .quantizers.replace import quantize_model
 from .retrieval import (
     CACHED,
@@ -236,6 +237,12 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         model = loaded.model
         before, self._calibrated, calibration = self._quantize(loaded, name, source, folder)
         kernels = use_kernels(model)
+        grids = on_grid(model) if loaded.spec.is_full_precision else {}
+        if grids:
+            spec = QuantSpec(name=grid_name(grids), method="checkpoint")
+            eval_logger.warning(f"bitquake_hf: {len(grids)} weights of {name} lie on a low-bit grid: {spec.name}")
+            loaded = replace(loaded, spec=spec, checkpoint_format="dense on a grid")
+            before = dict.fromkeys(grids, "")
         told_base = as_text("base", base)
         if told_base and not loaded.checkpoint_format:
             raise ValueError(f"bitquake_hf: base={told_base!r} is for checkpoints that came quantized; {name} did not.")
@@ -250,6 +257,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             calibration=calibration,
             checkpoint_format=loaded.checkpoint_format,
             image_processor=type(self.processor.image_processor).__name__,
+            grids=grids,
         )
         if adapter is not None:
             model, adapter_hash = put_adapter_on(model, adapter)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from bitquake.model_wrappers.calibration import CalibrationSet
     from bitquake.model_wrappers.components import ComponentMap
+    from bitquake.model_wrappers.quantizers.published.grid import Grid
 
 _FOLDER = "quant_cards"
 
@@ -42,6 +43,7 @@ def build_card(
     calibration: Calibration | None = None,
     checkpoint_format: str = "",
     image_processor: str = "",
+    grids: Mapping[str, Grid] | None = None,
 ) -> QuantCard:
     """Describe a loaded model by its tensors; full precision gets a card too.
 
@@ -55,6 +57,8 @@ def build_card(
         pretrained, base, revision: what the model was loaded from, as of ``QuantCard``.
         before: ``quantize_model``'s result; hash "" where the weight of before is not known (published checkpoints).
         calibration, checkpoint_format, image_processor: as of ``QuantCard``.
+        grids: plain Linear modules whose weights lie on a low-bit grid (``on_grid``): the accuracy of so few bits and
+            the memory of full precision, so they count as simulated.
 
     Raises:
         QuantCardError: the modules contradict ``before`` or the spec, or a tensor is offloaded and cannot be read.
@@ -64,6 +68,7 @@ def build_card(
     from bitquake.model_wrappers.components import component_map
 
     quantized = {name: facts for name, m in model.named_modules() if (facts := _layer_facts(m)) is not None}
+    quantized |= {name: _grid_facts(model.get_submodule(name), grid) for name, grid in (grids or {}).items()}
     if quantized.keys() != before.keys():
         odd = sorted(quantized.keys() ^ before.keys())
         raise QuantCardError(
@@ -72,7 +77,7 @@ def build_card(
         )
     if quantized and spec.method != "checkpoint":
         _check_against_spec(model, quantized, spec)
-    parts = component_map(model) if quantized else _map_or_none(model)
+    parts = component_map(model) if quantized and not grids else _map_or_none(model)
     hashes, weights_hash = _hash_weights(model, quantized, pretrained)
     modules = []
     for name, facts in quantized.items():
@@ -180,6 +185,18 @@ def _layer_facts(module: nn.Module) -> _Facts | None:
         "packed_bytes": facts.held_bytes, "format": facts.format,
     }  # fmt: skip
     return _Facts(module, entry, "packed", facts.kernel, facts.weight, facts.package)
+
+
+def _grid_facts(module: nn.Module, grid: Grid) -> _Facts:
+    """A dense weight that lies on a grid."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    entry = {
+        "shape": tuple(weight.shape), "bits": grid.bits, "group_size": grid.group_size, "symmetric": grid.symmetric,
+        "n_weights": weight.numel(), "n_bytes": weight.nbytes, "packed_bytes": weight.nbytes,
+        "format": "dense on a grid",
+    }  # fmt: skip
+    return _Facts(module, entry, "simulated", f"torch F.linear on {_short(weight.dtype)}", lambda: weight)
 
 
 def _map_or_none(model: nn.Module) -> ComponentMap | None:

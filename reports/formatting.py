@@ -86,5 +86,5 @@ def condition_name(kind: str, noise: str, severity: int, variant: str, *, full: 
 
 
 def megabytes(n_bytes: int) -> str:
-    """Bytes as ``3.9 MB`` (10^6)."""
-    return f"{n_bytes / 1e6:,.1f} MB"
+    """Bytes as ``3.9 MB`` (10^6), below one of them as ``36.9 kB``."""
+    return f"{n_bytes / 1e3:,.1f} kB" if n_bytes < 1e6 else f"{n_bytes / 1e6:,.1f} MB"

@@ -197,6 +197,12 @@ def public_name(text: str) -> str:
     return PurePath(text).name or text if re.match(r"[/~.\\]|[A-Za-z]:[\\/]", text) else text
 
 
+def public_subject(card: QuantCard) -> str:
+    """``QuantCard.subject`` without anybody's folders."""
+    adapter = f" + {public_name(card.adapter.source)}" if card.adapter else ""
+    return public_name(card.base or card.pretrained) + adapter
+
+
 class _Reader:
     def __init__(self, artifacts: Path | None) -> None:
         self.artifacts = artifacts
@@ -388,7 +394,7 @@ class _Reader:
         arguments = model_arguments(results)
         card = self.card(card_hash, model_hash, arguments.get("artifacts"), where) if card_hash else None
         told = arguments.get("pretrained") or str(results.get("model_name") or "model")
-        label = public_name(card.subject if card else told)
+        label = public_subject(card) if card else public_name(told)
         if card is None and arguments.get("quant"):
             label += f" {arguments['quant']}"
         new = Run(model_hash, card_hash, card, label)

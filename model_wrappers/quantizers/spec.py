@@ -282,8 +282,13 @@ class QuantSpec(Options):
         kept = self.model_dump(mode="json", exclude_none=True)
         if self.method in LIBRARIES:
             del kept["symmetric"]  # the library's format decides that
+        if self.method != "hqq":
+            del kept["backend"]  # hqq alone has two
+        if self.calibration is not None and self.calibration.source != "corrupted-in-domain":
+            del kept["calibration"]["noise"], kept["calibration"]["severity"]
         if self.plan:
             kept["plan"] = [rule.model_dump(mode="json", exclude_defaults=True) for rule in self.plan]
+            del kept["components"]
         else:
             del kept["plan"]
         return {"name": self.name, "method": "none"} if self.is_full_precision else kept

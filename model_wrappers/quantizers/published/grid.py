@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,12 @@ def on_grid(model: nn.Module) -> dict[str, Grid]:
             if grid is not None:
                 found[name] = grid
     return found
+
+
+def grid_name(grids: Mapping[str, Grid]) -> str:
+    """A name for the quantization that left these grids: ``on-grid-int4-g128``, of the widest codes among them."""
+    widest = max(grids.values(), key=lambda grid: (grid.bits, grid.group_size))
+    return f"on-grid-int{widest.bits}-g{widest.group_size}"
 
 
 def _detect(weight: Tensor, group: int, max_groups: int) -> Grid | None:
