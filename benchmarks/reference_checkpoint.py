@@ -153,6 +153,7 @@ def main() -> None:
     if options.json:
         machine = f"{platform.machine()}, {os.cpu_count()} cores"
         payload = {"pretrained": options.pretrained, "machine": machine, "limit": options.limit, "scores": scores}
+        payload["noise_limit"] = options.noise_limit
         payload["constant_caption"] = {"text": caption, "score": constant}
         options.json.write_text(json.dumps(payload, indent=1, sort_keys=True) + "\n")
 

@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
     quantize.add_argument("--device", help="cpu, cuda:0 (default: the accelerator if there is one)")
     quantize.add_argument("--revision", help="branch, tag or commit of a hub model")
-    quantize.add_argument("--max-shard-size", default="5GB", help="of a file of the checkpoint (default: %(default)s)")
+    quantize.add_argument("--max-shard-size", default="5GB", help="of one file, as 500MB (default: %(default)s)")
     quantize.add_argument("--overwrite", action="store_true", help="replace the checkpoint in DIR")
     quantize.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 

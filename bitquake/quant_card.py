@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 CARD_VERSION = 2
 CARD_FILE = "quant_card.json"
 """Its name in a folder that ``bitquake quantize`` wrote."""
+PARTIAL = ".partial"
+"""Folder of finished modules in a folder that ``bitquake quantize`` writes, as long as it is not done."""
 
 
 class ModuleEntry(BaseModel):

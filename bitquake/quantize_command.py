@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from bitquake import __version__
 from bitquake.model_wrappers.arguments import as_dtype
@@ -31,13 +37,10 @@ from bitquake.model_wrappers.quantizers.hashing import tensor_hash
 from bitquake.model_wrappers.quantizers.partial import PartialQuantization
 from bitquake.model_wrappers.quantizers.spec import LIBRARIES
 from bitquake.model_wrappers.quantizers.transformers_quantizer import LoadingHooks, make_savable
-from bitquake.quant_card import CARD_FILE, Calibration, QuantCard
+from bitquake.quant_card import CARD_FILE, PARTIAL, Calibration, QuantCard
 
 if TYPE_CHECKING:
     from bitquake.model_wrappers.quantizers.weight import QuantizedWeight
-
-PARTIAL = ".partial"
-"""Folder of finished modules inside the output folder, as long as the run is not done."""
 
 
 class QuantizeError(ValueError):
@@ -52,6 +55,7 @@ class Quantized:
         folder: the checkpoint.
         card: its quant card.
         n_resumed: modules that an earlier, killed run had finished.
+        was_done: an earlier run had finished all of it, and this one did nothing.
         seconds: this run's time.
         peak_bytes: greatest resident memory of this process; ``peak_device_bytes`` of the accelerator, or None.
         full_bytes, packed_bytes: the model's weights before and after.
@@ -65,6 +69,7 @@ class Quantized:
     peak_device_bytes: int | None
     full_bytes: int
     packed_bytes: int
+    was_done: bool = False
 
 
 def quantize(
@@ -83,7 +88,8 @@ def quantize(
     """Quantize a model and write it as a checkpoint that ``from_pretrained`` and ``pretrained=`` take.
 
     Each finished module is written at once. The same call after a kill or want of memory goes on from there, and ends
-    with the same bytes as one that was not disturbed.
+    with the same bytes as one that was not disturbed; after a call that ended well it does nothing. A call that fails
+    before its first module is finished leaves no folder behind.
 
     Args:
         pretrained: hub name, folder, or ``bitquake/…`` of a reference checkpoint.
@@ -91,6 +97,7 @@ def quantize(
         out: a new or empty folder, or one that this very quantization began.
         dtype: of what stays at full precision, and of the weights that are quantized.
         device: ``cpu``, ``cuda:0``; None: the accelerator if there is one.
+        max_shard_size: of a file of the checkpoint: a number and KB, MB, GB or TB.
         overwrite: a checkpoint that is in ``out`` makes room, finished modules of another quantization too.
 
     Raises:
@@ -102,10 +109,18 @@ def quantize(
     if spec.is_full_precision or spec.method in (*LIBRARIES, "checkpoint"):
         why = "quantizes nothing" if spec.is_full_precision else f"is {spec.method}'s own format, which is not saved"
         raise QuantizeError(f"--quant {spec.name}: it {why}; use quant={spec.name} when the model is evaluated")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    partial = _open_folder(out, overwrite=overwrite)
+    _check_shard_size(max_shard_size)
+    where = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = resolve_pretrained(pretrained)
-    processor = load_processor(source, revision=revision, trust_remote_code=trust_remote_code)
+    if not overwrite:
+        card = _finished(
+            out, spec, pretrained=pretrained, source=source, dtype=weights_dtype, revision=revision,
+            remote=trust_remote_code,
+        )  # fmt: skip
+        if card is not None:
+            return _quantized(out, card, weights_dtype, started, where, n_resumed=0, was_done=True)
+    absent = [folder for folder in (out, *out.parents) if not folder.exists()]
+    partial = _open_folder(out, overwrite=overwrite)
 
     # Codes are the same in both executions, and packed needs the least memory.
     packed = spec.model_copy(update={"execution": "packed"})
@@ -115,6 +130,7 @@ def quantize(
     }  # fmt: skip
     hooks = _Bookkeeping(spec, partial, identity, progress=progress)
     try:
+        processor = load_processor(source, revision=revision, trust_remote_code=trust_remote_code)
         with without_progress_bars():
             loaded = load_quantized(
                 source, packed, revision=revision, dtype=weights_dtype, device=where, device_map=None,
@@ -130,12 +146,14 @@ def quantize(
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
+        kept = f"They are kept in {partial}: the same command goes on from there," if hooks.n_done else "Run it"
         raise QuantizeError(
-            f"out of memory after {hooks.n_done} of {hooks.n_modules or 'all'} modules. They are kept in {partial}: "
-            "the same command goes on from there, on a machine with more memory or with another --device"
+            f"out of memory after {hooks.n_done} of {hooks.n_modules or 'all'} modules. {kept} on a machine with more "
+            "memory or with another --device"
         ) from error
     finally:
         hooks.close()
+        _remove_unused(partial, absent)
     model = loaded.model
     base_revision = commit(model, revision)
     card = build_card(
@@ -147,16 +165,24 @@ def quantize(
         calibration=None if calibration is None else calibration.model_dump(),
     )  # fmt: skip
     _save(model, card, source, out, max_shard_size=max_shard_size, revision=revision, remote=trust_remote_code)
-    item = weights_dtype.itemsize
+    return _quantized(out, card, weights_dtype, started, where, n_resumed=hooks.n_resumed)
+
+
+def _quantized(
+    out: Path, card: QuantCard, dtype: torch.dtype, started: float, device: torch.device, *, n_resumed: int,
+    was_done: bool = False,
+) -> Quantized:  # fmt: skip
+    packed = sum(entry.packed_bytes for entry in card.components.values())
     return Quantized(
         folder=out,
         card=card,
-        n_resumed=hooks.n_resumed,
+        n_resumed=n_resumed,
         seconds=time.monotonic() - started,
         peak_bytes=_peak_bytes(),
-        peak_device_bytes=torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None,
-        full_bytes=sum(m.n_weights * item - m.packed_bytes for m in card.modules) + _packed_bytes(card),
-        packed_bytes=_packed_bytes(card),
+        peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        full_bytes=sum(m.n_weights * dtype.itemsize - m.packed_bytes for m in card.modules) + packed,
+        packed_bytes=packed,
+        was_done=was_done,
     )
 
 
@@ -176,6 +202,8 @@ def summary(done: Quantized) -> str:
         f"card      {done.folder / CARD_FILE}  (bitquake card {done.folder})",
         f"evaluate  lmms-eval --model bitquake_hf --model_args pretrained={done.folder} --tasks {world}vqav2_clean",
     ]
+    if done.was_done:
+        lines[2] = f"done      by an earlier run, in {done.folder}; --overwrite quantizes anew"
     return "\n".join(lines)
 
 
@@ -187,10 +215,6 @@ def _peak_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _packed_bytes(card: QuantCard) -> int:
-    return sum(entry.packed_bytes for entry in card.components.values())
 
 
 class _Bookkeeping(LoadingHooks):
@@ -249,7 +273,6 @@ def _calibrate(
     assert spec.calibration is not None
     targets = quantization_targets(model, spec)  # a plan that matches nothing must not cost a calibration set
     data = build_calibration(spec.calibration, model, processor, pretrained=pretrained)
-    data.store_image_ids(out)
     # What a module becomes depends on the others, so all weights decide.
     hashes = {name: tensor_hash(tensor) for name, tensor in model.state_dict().items()}
     hooks.identity |= {"weights": digest(hashes), "calibration": data.content_hash}
@@ -261,7 +284,62 @@ def _calibrate(
         model, spec, calibration=data, done=hooks.store,
         emit=lambda name, weight: hooks.finished(name, hashes[f"{name}.weight"], weight),
     )  # fmt: skip
+    data.store_image_ids(out)
     return before, calibration_entry(data)
+
+
+def _check_shard_size(size: str) -> None:
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]B", size.strip(), re.IGNORECASE)
+    if number is None or float(number[1]) == 0:
+        raise QuantizeError(f"--max-shard-size {size}: expected a number and KB, MB, GB or TB, such as 500MB or 5GB")
+
+
+def _device(name: str) -> torch.device:
+    """A device that tensors can be put on.
+
+    Raises:
+        QuantizeError: it is none, or none of this machine.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of torch, by the kind of the device
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise QuantizeError(
+            f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); this machine has {', '.join(here)}"
+        ) from error
+    return device
+
+
+def _finished(
+    out: Path, spec: QuantSpec, *, pretrained: str, source: str, dtype: torch.dtype, revision: str | None, remote: bool
+) -> QuantCard | None:
+    """The card of the checkpoint in ``out``, if this very quantization made it and the model is what it was."""
+    config, told = out / "config.json", out / CARD_FILE
+    if not config.is_file() or not told.is_file() or (out / PARTIAL).exists():
+        return None
+    try:
+        card = QuantCard.model_validate_json(told.read_bytes())
+        quant = json.loads(config.read_bytes()).get("quantization_config", {}).get("quant")
+    except ValueError:
+        return None
+    made = (card.pretrained, quant, card.dtype, card.libraries.get("bitquake"))
+    if made != (pretrained, spec.options(), str(dtype).removeprefix("torch."), __version__):
+        return None
+    model = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=remote)
+    written = config.stat().st_mtime
+    newer = any(file.stat().st_mtime > written for file in Path(source).glob("*.safetensors"))
+    return None if newer or commit(SimpleNamespace(config=model), revision) != card.revision else card
+
+
+def _remove_unused(partial: Path, absent: Sequence[Path] = ()) -> None:
+    """Take back a folder of finished modules that holds none, and the folders that were ``absent`` before."""
+    if any(partial.glob("*.safetensors")):
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty
+        for folder in absent:
+            folder.rmdir()
 
 
 def _open_folder(out: Path, *, overwrite: bool) -> Path:
@@ -281,6 +359,8 @@ def _open_folder(out: Path, *, overwrite: bool) -> Path:
             f"--out {out}: is not empty ({there[0]}{' …' if len(there) > 1 else ''}); give another folder, or "
             "--overwrite to replace the checkpoint in it"
         )
+    else:
+        _remove_unused(partial)  # of a run killed before it had finished a module, perhaps another quantization
     out.mkdir(parents=True, exist_ok=True)  # that it cannot be written must not come out after hours
     return partial
 

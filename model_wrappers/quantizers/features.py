@@ -52,10 +52,12 @@ class Batch:
 
 
 def batched(inputs: Sequence[BlockInput]) -> list[Batch]:
-    """Join inputs that differ in nothing but tensors with a leading dimension of 1, along it.
+    """Join inputs of equal shapes whose first tensor, the hidden states, has a leading dimension of 1.
 
-    Tensors that are equal in all of them (masks, rotary embeddings) stay as they are. A batch has ``_TOKENS`` rows of
-    its first tensor at most.
+    That dimension is the samples': every tensor with one is joined along it (hidden states, masks, positions, rotary
+    embeddings), whatever its values, so that equal samples count as often as they come. What has none must be equal in
+    all of them. Hidden states without a dimension of samples (patches of a Qwen vision tower), or with one that counts
+    the tiles of a picture, are not joined. A batch has ``_TOKENS`` rows of its first tensor at most.
     """
     batches: list[list[BlockInput]] = []
     open_batches: dict[Any, list[BlockInput]] = {}
@@ -63,7 +65,8 @@ def batched(inputs: Sequence[BlockInput]) -> list[Batch]:
         signature = _signature((one.args, one.kwargs, one.vision is None))
         first = next(_tensors((one.args, one.kwargs)))
         group = open_batches.get(signature)
-        if group is None or first.shape[0] != 1 or (len(group) + 1) * first[0].numel() > _TOKENS * first.shape[-1]:
+        rows = first[0].numel() // first.shape[-1]
+        if group is None or not _of_one_sample(first) or (len(group) + 1) * rows > _TOKENS:
             group = open_batches[signature] = []
             batches.append(group)
         group.append(one)
@@ -98,13 +101,17 @@ def _signature(value: Any) -> Any:
     return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
 
 
+def _of_one_sample(tensor: Tensor) -> bool:
+    return tensor.ndim > 1 and tensor.shape[0] == 1
+
+
 def _joined(values: Sequence[Any]) -> Any:
     """Arguments of several calls as those of one; None where that cannot be."""
     first = values[0]
     if isinstance(first, Tensor):
-        if all(torch.equal(first, other) for other in values[1:]):
-            return first
-        return torch.cat(list(values)) if first.shape[:1] == (1,) and first.ndim > 1 else None
+        if _of_one_sample(first):
+            return torch.cat(list(values))
+        return first if all(torch.equal(first, other) for other in values[1:]) else None
     if isinstance(first, (tuple, list)):
         items = [_joined(same) for same in zip(*values, strict=True)]
         lost = any(item is None and one is not None for item, one in zip(items, first, strict=True))

@@ -18,7 +18,8 @@ from bitquake.model_wrappers.quantizers.packing import pack, unpack
 from bitquake.model_wrappers.quantizers.weight import QuantizedWeight
 from bitquake.tasks.sources import replacing
 
-_IDENTITY = "identity.json"
+IDENTITY = "identity.json"
+"""What decides the result of the quantization, as ``PartialQuantization`` was given it."""
 _SUFFIX = ".safetensors"
 
 
@@ -42,7 +43,7 @@ class PartialQuantization(Mapping[str, QuantizedWeight]):
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
         self._identity = digest(dict(identity))
-        known = folder / _IDENTITY
+        known = folder / IDENTITY
         if known.is_file():
             try:
                 old = json.loads(known.read_text(encoding="utf-8"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from loguru import logger
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor
 
@@ -19,8 +23,8 @@ from bitquake import cli
 from bitquake.model_wrappers.loading import load_model, load_quantized, resolve_pretrained
 from bitquake.model_wrappers.quantizers import load_spec, replace, transformers_quantizer
 from bitquake.model_wrappers.quantizers.replace import quantize_model
-from bitquake.quant_card import QuantCard
-from bitquake.quantize_command import PARTIAL, Quantized, QuantizeError, quantize, summary
+from bitquake.quant_card import PARTIAL, QuantCard
+from bitquake.quantize_command import Quantized, QuantizeError, quantize, summary
 
 MODEL = "bitquake/block-idefics3"
 GPTQ = "gptq-int3-g64:calibration.samples=2"
@@ -203,8 +207,9 @@ def test_a_model_that_changed_in_between_is_noticed(tmp_path: Path, monkeypatch:
 def test_a_folder_in_use_is_left_alone(made: Callable[[str], Quantized], tmp_path: Path) -> None:
     folder = made("rtn-int4-g64").folder
     stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    with pytest.raises(QuantizeError, match=r"is not empty \(README.md …\).*--overwrite"):
-        quantize(MODEL, "rtn-int4-g64", folder, progress=False)
+    for other in ({"quant": "rtn-int3-g64"}, {"dtype": "bfloat16"}, {"quant": "rtn-int4-g64:execution=packed"}):
+        with pytest.raises(QuantizeError, match=r"is not empty \(README.md …\).*--overwrite"):
+            quantize(MODEL, **{"quant": "rtn-int4-g64", "out": folder, "dtype": "float32", "progress": False, **other})  # type: ignore[arg-type]
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == stamps
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(QuantizeError, match=r"holds notes.txt and no checkpoint; it is not overwritten"):
@@ -231,6 +236,11 @@ def test_overwriting_leaves_no_shard_of_the_old_checkpoint(tmp_path: Path) -> No
         (("--quant", "bnb-nf4"), "bitsandbytes's own format, which is not saved"),
         (("--quant", "rtn-int5-g65"), "unknown quantization spec"),
         (("--quant", "rtn-int4-g64", "--dtype", "int8"), "dtype must be"),
+        (("--quant", "rtn-int4-g64", "--device", "cuda:99"), "--device cuda:99: cannot be used here ("),
+        (("--quant", "rtn-int4-g64", "--device", "abacus"), "--device abacus: cannot be used here ("),
+        (("--quant", "rtn-int4-g64", "--device", "meta"), "--device meta: cannot be used here ("),
+        (("--quant", "rtn-int4-g64", "--max-shard-size", "foo"), "--max-shard-size foo: expected a number and KB"),
+        (("--quant", "rtn-int4-g64", "--max-shard-size", "0GB"), "--max-shard-size 0GB: expected a number and KB"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -239,6 +249,67 @@ def test_bad_input_is_one_line(
     assert cli.main(["quantize", MODEL, "--out", str(tmp_path / "out"), *arguments]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bitquake quantize: ")]
     assert len(lines) == 1 and said in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_command_again_says_that_it_is_done(
+    made: Callable[[str], Quantized], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = made("rtn-int4-g64")
+    stamps = {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")}
+    arguments = ["--quant", "rtn-int4-g64", "--out", str(whole.folder), "--dtype", "float32", "--device", "cpu"]
+    assert cli.main(["quantize", MODEL, *arguments]) == 0
+    said = capsys.readouterr().out.splitlines()
+    first = summary(whole).splitlines()
+    assert said[:2] == first[:2] and said[3:] == first[3:]
+    assert said[2] == f"done      by an earlier run, in {whole.folder}; --overwrite quantizes anew"
+    assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("*")} == stamps
+
+
+def test_a_model_that_was_trained_on_is_not_called_done(tmp_path: Path) -> None:
+    source, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(resolve_pretrained(MODEL), source)
+    assert not quantize(str(source), "rtn-int4-g64", out, progress=False).was_done
+    again = (source / "model.safetensors", (out / "config.json").stat().st_mtime)
+    os.utime(again[0], (again[1] - 9, again[1] - 9))
+    assert quantize(str(source), "rtn-int4-g64", out, progress=False).was_done
+    os.utime(again[0], (again[1] + 9, again[1] + 9))
+    with pytest.raises(QuantizeError, match="is not empty"):
+        quantize(str(source), "rtn-int4-g64", out, progress=False)
+
+
+def test_a_run_that_finished_nothing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither new folders nor an identity that stands in the way of another quantization."""
+    out = tmp_path / "some" / "out"
+    with pytest.raises(OSError, match="no_such_model"):
+        quantize(str(tmp_path / "no_such_model"), "rtn-int4-g64", out, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(replace, "quantize_weight", lambda *_: 1 / 0)
+        patch.setattr("bitquake.model_wrappers.quantizers.calibrated.batched", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantize(MODEL, GPTQ, out, dtype="float32", progress=False)
+    assert list(tmp_path.iterdir()) == []
+    (out / PARTIAL).mkdir(parents=True)  # killed before its first module
+    (out / PARTIAL / "identity.json").write_text("{}")
+    assert quantize(MODEL, "rtn-int2-g64", out, progress=False).card.modules[0].bits == 2
+
+
+def test_a_small_calibration_source_is_told_in_one_line(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("red", "blue"):
+        Image.new("RGB", (64, 64), name).save(pictures / f"{name}.png")
+    rows = [{"file_name": f"{name}.png", "text": f"a {name} square"} for name in ("red", "blue")]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    quant = f"smoothquant-w8a8:calibration.data={pictures}:calibration.samples=5"
+    lines: list[str] = []
+    handler = logger.add(lambda message: lines.append(str(message)), level="WARNING")
+    try:
+        done = quantize(MODEL, quant, tmp_path / "out", dtype="float32", progress=False)
+    finally:
+        logger.remove(handler)
+    said = [line for line in lines if "5 samples were asked for" in line]
+    assert done.card.calibration.n_samples == 2 and len(said) == 1 and "has 2; going on" in said[0]
 
 
 def test_a_plan_that_matches_nothing_leaves_the_folder_free(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from bitquake.model_wrappers.components import ARCHITECTURES
 from bitquake.model_wrappers.quantizers import load_spec
 from bitquake.model_wrappers.quantizers.blocks import Block, BlockRunner, ordered_blocks
 from bitquake.model_wrappers.quantizers.calibrated import quantize
-from bitquake.model_wrappers.quantizers.features import batched
+from bitquake.model_wrappers.quantizers.features import batched, features
 from bitquake.model_wrappers.quantizers.gptq import HessianSum, gptq
 from bitquake.model_wrappers.quantizers.linear import QuantizedLinear
 from bitquake.model_wrappers.quantizers.options import GptqOptions
@@ -146,6 +146,111 @@ def test_joined_inputs_give_what_each_gives_alone(tiny_architectures: Any, name:
             torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
             joined += len(batch.parts) > 1
     assert joined >= 3
+
+
+@pytest.mark.parametrize("name", [*sorted(ARCHITECTURES), "paligemma2"])
+def test_equal_samples_count_as_often_as_they_come(tiny_architectures: Any, name: str) -> None:
+    """Three times the same sample: each block computes three times what it does for one, and is seen to."""
+    model = tiny_architectures.make(name)
+    samples = samples_of(tiny_architectures, name, 1)
+    blocks = ordered_blocks(model, quantizable(model))
+    once: dict[str, Any] = {}
+    for block, inputs in BlockRunner(model, blocks, samples, propagate="original"):
+        once[block.name] = [_tensor(one.run(block.module)) for one in inputs]
+    blocks = ordered_blocks(model, quantizable(model))
+    joined = 0
+    for block, inputs in BlockRunner(model, blocks, samples * 3, propagate="original"):
+        batches = batched(inputs)
+        together = [_tensor(batch.joined.run(block.module)) for batch in batches]
+        expected = torch.cat(once[block.name] * 3).flatten(0, -2)
+        torch.testing.assert_close(torch.cat(together).flatten(0, -2), expected, rtol=1e-4, atol=1e-5)
+        for found in features(block.module, batches, scale_groups(model, block)):
+            width = found.x.shape[1]
+            first, second, third = found.x.reshape(3, -1, width)
+            assert torch.allclose(first, second, atol=1e-5) and torch.allclose(first, third, atol=1e-5)
+            assert found.vision is None or torch.equal(found.vision, samples[0].vision.repeat(3))
+        joined += any(len(batch.parts) == 3 for batch in batches)
+    assert joined >= 3
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("name", ["idefics3", "qwen2_5_vl", "blip-2", "paligemma"])
+def test_two_equal_samples_give_what_one_gives(tiny_architectures: Any, name: str, method: str) -> None:
+    """All that the methods take from the data are means and largest values."""
+    found = []
+    for n in (1, 2):
+        model = tiny_architectures.make(name)
+        samples = samples_of(tiny_architectures, name, 1) * n
+        quantize_model(model, spec_of(method), calibration=samples)  # type: ignore[arg-type]
+        found.append({key: m for key, m in model.named_modules() if isinstance(m, QuantizedLinear)})
+    one, two = found
+    assert one.keys() == two.keys()
+    codes = differ = 0
+    for key, layer in one.items():
+        if layer.input_scale is not None and two[key].input_scale is not None:
+            torch.testing.assert_close(layer.input_scale, two[key].input_scale, rtol=1e-3, atol=1e-5)
+        assert (layer.input_scale is None) == (two[key].input_scale is None)
+        a, b = layer.quantized_weight().codes, two[key].quantized_weight().codes
+        codes, differ = codes + a.numel(), differ + int((a != b).sum())
+    assert differ <= 0.01 * codes  # sums of floats in another order move a weight that lies between two codes
+
+
+@pytest.mark.parametrize("method", ["hqq", "awq", "mbq", "smoothquant"])
+def test_a_group_longer_than_a_row_is_the_row(tiny_architectures: Any, method: str) -> None:
+    """Of a whole model, where the rows of no layer are as long as the group."""
+    samples = samples_of(tiny_architectures, "idefics3", 2)
+    found = []
+    for group in (4096, "channel"):
+        model = tiny_architectures.make("idefics3")
+        spec = load_spec(
+            {"name": method, "method": method, "components": EVERYTHING, "bits": 4, "group_size": group}
+            | ({"symmetric": True, "bits": 8, "activation_bits": 8} if method == "smoothquant" else {})
+        )
+        quantize_model(model, spec, calibration=None if method == "hqq" else samples)  # type: ignore[arg-type]
+        found.append({key: m for key, m in model.named_modules() if isinstance(m, QuantizedLinear)})
+    assert found[0].keys() == found[1].keys() == set(quantizable(tiny_architectures.make("idefics3")))
+    for key, layer in found[0].items():
+        a, b = layer.quantized_weight(), found[1][key].quantized_weight()
+        assert a.group_size == b.group_size == layer.in_features and a.scale.shape == (layer.out_features, 1)
+        for part in ("codes", "scale", "zero", "input_scale"):
+            x, y = getattr(a, part), getattr(b, part)
+            assert (x is None and y is None) or torch.equal(x, y), (key, part)
+
+
+@pytest.mark.parametrize("method", ["hqq", "mbq", "smoothquant"])
+def test_input_channels_that_are_always_zero(tiny_architectures: Any, method: str) -> None:
+    """One of a layer, and all of another: finite everywhere, and the layer still gives about what it gave."""
+    samples = samples_of(tiny_architectures, "idefics3", 2)
+    model = tiny_architectures.make("idefics3")
+    layers = model.model.text_model.layers
+    with torch.no_grad():
+        layers[0].input_layernorm.weight[5] = 0
+        layers[1].post_attention_layernorm.weight.zero_()
+    before = copy.deepcopy(model)
+    bits = {"bits": 8, "group_size": 16} if method != "smoothquant" else {"bits": 8}
+    spec = load_spec({"name": method, "method": method, **bits})
+    quantize_model(model, spec, calibration=None if method == "hqq" else samples)  # type: ignore[arg-type]
+    inputs: dict[str, Tensor] = {}
+    names = [f"model.text_model.layers.{at}" for at in ("0.self_attn.q_proj", "0.self_attn.v_proj", "1.mlp.up_proj")]
+    for name in names:
+        before.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: inputs.__setitem__(name, args[0])
+        )
+    with torch.no_grad():
+        logits = before(**samples[0].inputs).logits
+        for name in names:
+            x, layer = inputs[name], model.get_submodule(name)
+            assert isinstance(layer, QuantizedLinear)
+            dead = (x == 0).flatten(0, -2).all(dim=0)
+            assert dead.all() if name.endswith("up_proj") else dead.tolist() == [i == 5 for i in range(len(dead))]
+            weight = layer.quantized_weight()
+            scale = weight.input_scale
+            assert weight.dequantize(torch.float32).isfinite().all()
+            assert scale is None or (scale.isfinite().all() and (scale > 0).all())
+            expected = before.get_submodule(name)(x)
+            assert (layer(x) - expected).norm() <= 0.02 * expected.norm()
+        after = model(**samples[0].inputs).logits
+    assert after.isfinite().all() and (after - logits).norm() < 0.1 * logits.norm()
 
 
 def _tensor(output: Any) -> Tensor:
