@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from bitquake import __version__
 from bitquake.envelope import ENVELOPE_VERSION, Envelope
-from bitquake.quant_card import Adapter, Calibration
+from bitquake.quant_card import CARD_FILE, Adapter, Calibration, QuantCard
 
 from .arguments import as_bool, as_dtype, as_execution, as_int, as_text, refuse_unknown
 from .calibration import CalibratedOn, build_calibration, load_image_ids
@@ -259,6 +259,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             image_processor=type(self.processor.image_processor).__name__,
             grids=grids,
         )
+        _refuse_changed(source, self.card)
         if adapter is not None:
             model, adapter_hash = put_adapter_on(model, adapter)
             self.card = self.card.model_copy(update={"adapter": Adapter(source=adapter, hash=adapter_hash)})
@@ -854,6 +855,20 @@ def _refuse_hopeless_run(failures: list[Sample], probe: int) -> None:
         f"bitquake_hf: the first {len(failed)} samples of task {failed[0].task!r} all failed in the same way: "
         f"{failed[0].error} ({failed[0].origin}; its traceback is in the log)"
     )
+
+
+def _refuse_changed(source: str, card: QuantCard) -> None:
+    """Raise for a checkpoint whose weights are not those that its own quant card was made from."""
+    file = Path(source) / CARD_FILE
+    if not card.checkpoint_format or not file.is_file():
+        return
+    told = QuantCard.model_validate_json(file.read_bytes())
+    if told.dtype == card.dtype and told.weights_hash != card.weights_hash:
+        raise ValueError(
+            f"bitquake_hf: the weights in {source} are not those that its {CARD_FILE} was made from (hash "
+            f"{card.weights_hash[:12]}, the card says {told.weights_hash[:12]}). `bitquake card {source}` shows where "
+            f"they differ; quantize again, or remove {CARD_FILE} to run what is there."
+        )
 
 
 def _open_journal_folder(journal: str | None, model_hash: str) -> Path | None:

@@ -74,3 +74,22 @@ def test_libraries_run_and_are_not_saved(
     assert len(answers(task, model)) == 12
     with pytest.raises(ValueError, match=spec.method):
         quantize(str(tiny_checkpoint), quant, tmp_path / "saved", dtype="bfloat16", device="cpu", progress=False)
+
+
+def test_a_checkpoint_that_was_changed_is_not_run(
+    load: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "saved"
+    quantize(str(tiny_checkpoint), "rtn-int4-g64", folder, dtype="float32", device="cpu", progress=False)
+    load(pretrained=str(folder), dtype="bfloat16")  # in another dtype the weights are others: no complaint
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith(".codes"))
+    tensors[name][0, 0] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"are not those that its quant_card.json was made from .* `bitquake card"):
+        load(pretrained=str(folder))
+    (folder / "quant_card.json").unlink()
+    assert load(pretrained=str(folder), batch_size=2).card.modules
