@@ -258,7 +258,7 @@ class BitquakeQuantizer(HfQuantizer):  # type: ignore[misc]
                 return False  # its bias comes later: done after loading
             linear.weight = nn.Parameter(weight, requires_grad=False)
             self._replace(model, name, linear)
-        except Exception as error:
+        except Exception as error:  # transformers would bury it in a table of keys: raised after loading, as it is
             self._failure = error
         self._pages.release()
         return True

@@ -26,16 +26,16 @@ def card(**changes: object) -> QuantCard:
     ]
     spec = {
         "name": "mine", "method": "mbq", "bits": 4, "plan": [{"layers": ["mlp"], "bits": 3}, {"layers": ["attention"]}],
-        "calibration": {"source": "caption", "data": "/home/somebody/pictures", "samples": 16},
+        "calibration": {"source": "caption", "data": "/somebody/pictures", "samples": 16},
     }  # fmt: skip
     return QuantCard.model_validate(
         {
-            "pretrained": "/home/somebody/mine", "base": "org/model", "architecture": "A", "dtype": "bfloat16",
+            "pretrained": "/somebody/mine", "base": "org/model", "architecture": "A", "dtype": "bfloat16",
             "spec_name": "mine", "spec": spec, "method": "mbq", "execution": "packed", "kernel": "k",
             "modules": modules, "kept": {"lm_head": "bfloat16"}, "nominal_bpw": 4.0, "effective_bpw": 4.5,
             "components": {"language": ComponentEntry(n_parameters=2560, n_quantized=2560, n_bytes=9, packed_bytes=9)},
-            "weights_hash": "w", "calibration": Calibration(source="caption", data="/home/somebody/pictures"),
-            "adapter": Adapter(source="/home/somebody/lora", hash="h"), **changes,
+            "weights_hash": "w", "calibration": Calibration(source="caption", data="/somebody/pictures"),
+            "adapter": Adapter(source="/somebody/lora", hash="h"), **changes,
         }
     )  # fmt: skip
 

@@ -357,8 +357,8 @@ def test_local_folders_are_not_published(told: str, shown: str) -> None:
 
 
 def test_the_command_shows_nobodys_folders() -> None:
-    quant = "awq-int4-g64:calibration.data=/home/somebody/pictures:bits=3"
-    told = f"pretrained=/home/somebody/model,quant={quant},batch_size=8"
+    quant = "awq-int4-g64:calibration.data=/somebody/pictures:bits=3"
+    told = f"pretrained=/somebody/model,quant={quant},batch_size=8"
     shown = command_line({"config": {"model": "bitquake_hf", "model_args": told}})
     assert "somebody" not in shown
     assert "pretrained=model,quant=awq-int4-g64:calibration.data=pictures:bits=3,batch_size=8" in shown
