@@ -47,6 +47,8 @@ class Envelope(BaseModel):
         model_hash: hash of the weights as loaded and of the quantization spec (``QuantCard.model_hash``).
         card: hash under which the quant card lies in the artifacts folder; a full-precision model has one too.
         model_type: architecture as transformers names it (``idefics3``, ``qwen2_vl``, …); decides how boxes are read.
+        features: name of the states that a Selector reads (hash of model, prompt and pixels) in the artifacts folder's
+            ``features/<model_hash>``; "" where they were not kept.
         error: None, or why there is no answer (then ``text`` is "" and no confidence is given).
     """
 
@@ -68,6 +70,7 @@ class Envelope(BaseModel):
     model_hash: str = ""
     card: str = ""
     model_type: str = ""
+    features: str = ""
     error: str | None = None
 
     def encode(self) -> str:

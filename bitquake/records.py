@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,9 +13,18 @@ RECORD_KEY = "bitquake"
 
 Protocol = Literal["vqa", "choice", "grounding", "caption", "retrieval", "stock"]
 """``stock``: the scorer of the lmms-eval task that a family extends."""
+IMPORTER = "bitquake_import"
+"""What the results file of imported answers names as the model, where lmms-eval's name a class of model."""
 Failure = Literal["image", "question", "envelope", "model", "target"]
 """What made a sample fail: an unreadable image, an empty question, a damaged envelope, an error inside the model, or a
 reference answer that cannot be scored. A failed sample scores 0, has no confidence, and is counted by name."""
+
+
+def question_hash(question: str) -> str:
+    """blake2b of a question, as 32 hex digits; "" for no question."""
+    if not question:
+        return ""
+    return hashlib.blake2b(question.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 class SampleRecord(BaseModel):
@@ -22,15 +32,15 @@ class SampleRecord(BaseModel):
 
     Attributes:
         version: record version, ``RECORD_VERSION``.
-        family, variant, task: ``block_vqav2``, ``gaussian_noise_3`` (or ``clean``, ``threshold``, a shift's name), and
-            the registered task name.
+        family, variant, task: ``block_vqav2``, ``gaussian_noise_3`` (or ``clean``, ``threshold``, ``dev``, a shift's
+            name), and the registered task name.
         world: ``block`` for the offline block world, ``real`` otherwise; the two never share a table.
         dataset, split: dataset id or file stem, and split.
         dataset_revision: what was read: the commit of a dataset of the hub, or the hash of the file ("" when unknown).
         part: how the task's rows were chosen from the split, for people ("" for the whole split).
         shift_from: the task that is in distribution for this one ("" where this one is itself): ``vqav2_clean``.
         sample_id, image_id: ids that the family declares; ``image_id`` is the cluster of the bootstrap.
-        protocol: scoring protocol.
+        protocol: scoring protocol; ``scored`` where an imported table brought the scores.
         score: in [0, 1]; soft accuracy for ``vqa``, 0/1 for ``choice``, 1[IoU >= 0.5] for ``grounding``,
             CIDEr-D / 10 for ``caption``, 1[true caption ranked first] for ``retrieval``.
         scores: further scores of the protocol (``strict``, ``lenient``, ``letter``, ``iou``, …), each in [0, 1].
@@ -41,6 +51,10 @@ class SampleRecord(BaseModel):
         noise: ``NoiseSpec`` as a mapping, or None for clean images.
         pixel_hash, prompt_hash, model_hash, card: from the envelope; empty for models that answer with plain text.
         subset: hash of the ids that the task evaluates ("" when it evaluates the whole split).
+        question_hash: ``question_hash`` of the question as the model got it, after text noise and without the prompt's
+            own words; "" where rows have none.
+        features: name under which the model's states for this answer lie in the artifacts folder ("" where none were
+            asked for); see ``Envelope.features``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,7 +71,7 @@ class SampleRecord(BaseModel):
     shift_from: str = ""
     sample_id: str
     image_id: str
-    protocol: Protocol
+    protocol: Protocol | Literal["scored"]
     score: float = Field(ge=0.0, le=1.0)
     scores: dict[str, float] = Field(default_factory=dict)
     answer: str | None = None
@@ -75,6 +89,8 @@ class SampleRecord(BaseModel):
     subset: str = ""
     n_tokens: int = 0
     truncated: bool = False
+    question_hash: str = ""
+    features: str = ""
 
     @property
     def primary(self) -> float | None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 Effect = Literal["better", "worse", "tied", "changed"]
 Unit = Literal["percent", "fraction", "nats", "tenths"]
@@ -86,6 +86,69 @@ class BinEntry(_Entry):
     hi: float | None
 
 
+class ConfidenceEntry(_Entry):
+    """Another confidence of the same answers (``selector``, ``geometric_mean``, …) beside the primary one.
+
+    metrics: ece_15, aurc, coverage_at_risk_1, coverage_at_risk_5, auroc, brier and phi_10; each ``difference`` is from
+    the same confidence of the full-precision run. beside: metric -> this confidence minus the primary one of the same
+    run on the same samples.
+    """
+
+    name: str
+    n_missing: int
+    metrics: dict[str, ValueEntry]
+    beside: dict[str, DifferenceEntry]
+
+
+class RecalibratedEntry(_Entry):
+    """Calibration after the primary confidence was mapped through parameters fitted on a threshold split.
+
+    method: ``temperature`` or ``platt``. source: ``own`` (this run's threshold split) or ``full-precision`` (its
+    twin's, clean). metrics: ece_15, rmsce_debiased_15, signed_miscalibration, brier, nll, with the map held fixed in
+    their intervals; each difference is from the same answers before the map.
+    """
+
+    method: Literal["temperature", "platt"]
+    source: Literal["own", "full-precision"]
+    parameters: dict[str, float]
+    metrics: dict[str, ValueEntry]
+
+
+class FlipBin(_Entry):
+    """Flips among the samples whose full-precision confidence lies in (lower, upper]."""
+
+    lower: float
+    upper: float
+    n: int
+    rate: float
+    lo: float | None
+    hi: float | None
+    right_to_wrong: int
+    wrong_to_right: int
+
+
+class FlipEntry(_Entry):
+    """Answers that are right (score >= 0.5) in one run and wrong in the other, of ``n`` samples.
+
+    p_value: exact McNemar test; p_adjusted: Benjamini-Hochberg over all such tests of the report's world; n_tests:
+    their number. rate: share of flips, with its interval. odds_ratio: wrong_to_right / right_to_wrong; None where one
+    is 0. effect: ``tied`` unless p_adjusted < 0.05.
+    """
+
+    n: int
+    right_to_wrong: int
+    wrong_to_right: int
+    rate: float
+    lo: float | None
+    hi: float | None
+    p_value: float
+    p_adjusted: float
+    n_tests: int
+    odds_ratio: float | None
+    effect: Effect
+    by_confidence: list[FlipBin]
+
+
 class CellEntry(_Entry):
     """One model on one task.
 
@@ -134,6 +197,9 @@ class CellEntry(_Entry):
     metrics: dict[str, ValueEntry]
     scores: dict[str, ValueEntry]
     parse_failure_rate: ValueEntry
+    confidences: list[ConfidenceEntry] = []
+    recalibrated: list[RecalibratedEntry] = []
+    flips: FlipEntry | None = None
     chance_ece: float | None
     curve: list[CurvePoint]
     bins: list[BinEntry]
@@ -153,6 +219,85 @@ class SummaryEntry(_Entry):
     differences: dict[str, DifferenceEntry]
     rank_lo: int | None = None
     rank_hi: int | None = None
+
+
+class TransferEntry(_Entry):
+    """A threshold that was chosen on the full-precision run's clean threshold split, applied to a run on a task.
+
+    risk_target: the risk that was tolerated when the threshold was chosen. threshold: None where no threshold reaches
+    it (everything is withheld). risk, coverage: what is really taken, with intervals that include the luck of the
+    threshold, and are no narrower than the exact binomial one. verdict: ``kept`` when the whole interval of the risk
+    lies at or below the target, ``broken`` when it lies above, ``open`` when it holds the target, ``empty`` when
+    nothing is answered. own_coverage: what the run's own threshold split would have allowed, risk taken with it in
+    own_risk.
+    """
+
+    run: str
+    task: str
+    threshold_task: str
+    confidence: str
+    risk_target: float
+    threshold: float | None
+    n: int
+    n_answered: int
+    risk: ValueEntry
+    coverage: ValueEntry
+    own_risk: ValueEntry | None = None
+    own_coverage: ValueEntry | None = None
+    verdict: Literal["kept", "broken", "open", "empty"]
+
+
+class InteractionEntry(_Entry):
+    """Difference in differences: what the condition costs the quantized run more than it costs full precision.
+
+    family: that of the clean task. task "": the mean over all noises (kind ``noise``) of the family, for runs that have
+    all of them. differences: accuracy, aurc, ece_15,
+    coverage_at_risk_1, each (q,c) - (q,clean) - [(b,c) - (b,clean)] on the samples that clean and condition share, or
+    on both sets where they share none (``shared`` False: shifts).
+    """
+
+    run: str
+    world: Literal["block", "real"]
+    family: str
+    task: str
+    kind: Literal["noise", "shift"]
+    shared: bool
+    differences: dict[str, DifferenceEntry]
+
+
+class RobustnessEntry(_Entry):
+    """Robustness of one run under one noise; noise "": the mean over all noises (mqCE).
+
+    relative: mean over severities of A(noise) / A(clean). quantization_error: sum over severities of the run's errors
+    divided by that of full precision (1 for full precision itself). severities: those that were run.
+    """
+
+    run: str
+    world: Literal["block", "real"]
+    family: str
+    noise: str
+    severities: list[int]
+    relative: ValueEntry
+    quantization_error: ValueEntry
+
+
+class MixturePoint(_Entry):
+    """Expected figures when ``ood_share`` of the questions come from the shifted task."""
+
+    ood_share: float
+    metrics: dict[str, ValueEntry]
+    """accuracy, coverage_at_risk_1, coverage_at_risk_5, aurc, and with the transferred threshold of each tolerated
+    risk: transfer_risk_1, transfer_coverage_1, … of 1, 5 and 10 %."""
+
+
+class MixtureEntry(_Entry):
+    """ID:OOD mixtures of two tasks of one run, under its primary confidence and under a Selector's."""
+
+    run: str
+    id_task: str
+    ood_task: str
+    confidence: str
+    points: list[MixturePoint]
 
 
 class ModuleAudit(_Entry):
@@ -193,6 +338,8 @@ class PlaceAudit(_Entry):
 class CardEntry(_Entry):
     """What the quant card says. n_bytes is None for simulated runs: their memory means nothing.
 
+    self_declared: of an import: what somebody says of a model that answered elsewhere; bits per weight are unknown.
+
     Options of the spec have dotted names (``calibration.source``). ``kept``: Linear modules at full precision -> dtype.
     """
 
@@ -208,11 +355,12 @@ class CardEntry(_Entry):
     spec_name: str
     spec: dict[str, str]
     method: str
-    execution: Literal["full-precision", "simulated", "packed"]
+    execution: Literal["full-precision", "simulated", "packed", "unknown"]
+    self_declared: bool = False
     kernel: str
     device: str
-    nominal_bpw: float
-    effective_bpw: float
+    nominal_bpw: float | None
+    effective_bpw: float | None
     bits: str
     group_size: str
     n_quantized_modules: int
@@ -280,6 +428,10 @@ class Report(_Entry):
     runs: list[RunEntry]
     cells: list[CellEntry]
     summaries: list[SummaryEntry]
+    transfers: list[TransferEntry] = []
+    interactions: list[InteractionEntry] = []
+    robustness: list[RobustnessEntry] = []
+    mixtures: list[MixtureEntry] = []
     problems: list[ProblemEntry]
     inputs: list[InputEntry]
     inputs_digest: str

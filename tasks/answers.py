@@ -17,7 +17,7 @@ from .documents import IDS
 from .scoring import TargetError, score_box, score_choice, score_vqa
 from .scoring.caption import reference_captions, score_caption
 from .scoring.choice import correct_letter
-from .scoring.grounding import Box, format_box, target_box
+from .scoring.grounding import Box, exact_box, format_box, target_box
 from .scoring.retrieval import score_retrieval
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def target(task: Task, doc: Doc) -> Any:
 
 
 def vqa_outcome(task: Task, doc: Doc, envelope: Envelope) -> Outcome:
-    vqa = score_vqa(envelope.text, _answers(task, doc), task.contract.annotators)
+    vqa = score_vqa(envelope.text, reference_answers(task, doc), task.contract.annotators)
     return Outcome(vqa.score, {"reliable_vqa": vqa.reliable_vqa, "lmms_eval": vqa.lmms_eval}, vqa.answer)
 
 
@@ -71,7 +71,7 @@ def choice_outcome(options: list[str], correct: int, envelope: Envelope) -> Outc
 
 
 def grounding_outcome(task: Task, doc: Doc, envelope: Envelope) -> Outcome:
-    box, size = _box(task, doc)
+    box, size = reference_box(task, doc)
     seen = envelope.image_sizes[0] if envelope.image_sizes else None
     if size is not None and seen is not None and tuple(seen) != size:
         raise TargetError(
@@ -82,7 +82,7 @@ def grounding_outcome(task: Task, doc: Doc, envelope: Envelope) -> Outcome:
     space = spaces.get(envelope.model_type, spaces["default"])
     processed = envelope.processed_sizes[0] if envelope.processed_sizes else None
     found = score_box(envelope.text, box, space, size, processed)
-    answer = None if found.box is None else "[" + ", ".join(f"{edge:g}" for edge in found.box) + "]"
+    answer = None if found.box is None else exact_box(found.box)
     return Outcome(found.score, {"iou": found.iou}, answer, found.parse_failure)
 
 
@@ -117,13 +117,19 @@ def _captions(task: Task, doc: Doc) -> list[str]:
     return reference_captions(doc[column])
 
 
-def _choices(task: Task, doc: Doc) -> tuple[list[str], int]:
+def options_and_answer(task: Task, doc: Doc) -> tuple[list[str], int]:
+    """choice: the options' texts, and the index of the right one."""
     columns = task.contract.columns
     assert columns.choices is not None and columns.answer is not None  # the family's schema sees to it
     return doc[columns.choices], doc[columns.answer]
 
 
-def _answers(task: Task, doc: Doc) -> list[Any]:
+def reference_answers(task: Task, doc: Doc) -> list[Any]:
+    """vqa: the annotators' answers.
+
+    Raises:
+        TargetError: there are none.
+    """
     column = task.contract.columns.answers
     answers = doc[column] if column is not None else None
     if isinstance(answers, str) and task.contract.annotators == 1:
@@ -133,8 +139,12 @@ def _answers(task: Task, doc: Doc) -> list[Any]:
     return [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
 
 
-def _box(task: Task, doc: Doc) -> tuple[Box, tuple[int, int] | None]:
-    """The annotated box where the task's noise leaves it, and the size of the picture that the model is shown."""
+def reference_box(task: Task, doc: Doc) -> tuple[Box, tuple[int, int] | None]:
+    """grounding: the annotated box where the task's noise leaves it, and the size of the picture that models are shown.
+
+    Raises:
+        TargetError: the box is not one in its picture, or the noise leaves too little of it there.
+    """
     column = task.contract.columns.box
     assert column is not None  # the family's schema sees to it
     width, height = doc[IDS]["width"], doc[IDS]["height"]
@@ -153,15 +163,15 @@ def _box(task: Task, doc: Doc) -> tuple[Box, tuple[int, int] | None]:
 
 _OUTCOMES: dict[str, Callable[[Task, Doc, Envelope], Outcome]] = {
     "vqa": vqa_outcome,
-    "choice": lambda task, doc, envelope: choice_outcome(*_choices(task, doc), envelope),
+    "choice": lambda task, doc, envelope: choice_outcome(*options_and_answer(task, doc), envelope),
     "grounding": grounding_outcome,
     "caption": caption_outcome,
     "retrieval": retrieval_outcome,
 }
 _TARGETS: dict[str, Callable[[Task, Doc], Any]] = {
-    "vqa": _answers,
-    "choice": lambda task, doc: correct_letter(*_choices(task, doc)),
-    "grounding": lambda task, doc: format_box(_box(task, doc)[0]),
+    "vqa": reference_answers,
+    "choice": lambda task, doc: correct_letter(*options_and_answer(task, doc)),
+    "grounding": lambda task, doc: format_box(reference_box(task, doc)[0]),
     "caption": _captions,
     "retrieval": lambda task, doc: doc[CANDIDATES][doc[IDS]["target"]] if doc[IDS]["target"] is not None else "",
 }

@@ -38,7 +38,7 @@ from .families import PACKAGE, FamilyError, Loaded, family_files, read_families
 from .schema import Family, Shift, Split
 from .sources import datasets_folder
 from .split_ids import with_ids
-from .variants import ALL, CLEAN, FULL, SHIFT, THRESHOLD, noise_tags
+from .variants import ALL, CLEAN, DEV, FULL, SHIFT, THRESHOLD, dev_tag, noise_tags
 
 OWN = ("process_docs", "doc_to_visual", "doc_to_text", "doc_to_target", "process_results")
 OVER_STOCK = ("process_docs", "doc_to_visual", "doc_to_text", "process_results")
@@ -156,13 +156,18 @@ def prune(cache: Path) -> None:
 
 
 def variants_of(family: Family) -> Iterator[Variant]:
-    """The tasks of one family: clean, threshold, shifts, and every noise at every severity."""
+    """The tasks of one family: clean, threshold, dev, shifts, and every noise at every severity.
+
+    dev is in none of the family's tags: nothing that is measured runs on it.
+    """
     name, splits = family.family, family.splits
     everything = f"{name}_{ALL}"
     shifted = [f"{name}_{SHIFT}"] if family.variants.shifts or family.shift_from else []
     plain = [everything, *shifted, *family.tags]
     yield Variant(f"{name}_{CLEAN}", plain, splits.test, None)
     yield Variant(f"{name}_{THRESHOLD}", plain, splits.threshold, None)
+    if splits.dev is not None:
+        yield Variant(f"{name}_{DEV}", [dev_tag(family.world)], splits.dev, None)
     for key, shift in family.variants.shifts.items():
         yield Variant(f"{name}_{key}", plain, shift, None)
         if shift.shift_from is None:
@@ -266,7 +271,8 @@ def clash(loaded: Loaded, others: Mapping[str, str]) -> FamilyError | None:
             place = "tags" if name in family.tags else "family"
             return loaded.problem(place, f"{name!r} would be the name of {others[name]} too; choose another name")
     for name in sorted(tags.intersection(tasks)):
-        return loaded.problem("tags", f"{name!r} is the name of a task; give the tag another name")
+        place = "tags" if name in family.tags else "family"
+        return loaded.problem(place, f"{name!r} is the name of a task and of a tag; choose another name")
     return None
 
 
@@ -437,7 +443,7 @@ def _write_families(
             taken[variant.task] = f"a task of the family {name!r} ({one.file})"
             for tag in variant.tags:
                 tags.setdefault(tag, []).append(variant.task)
-                if tag not in one.family.tags:
+                if tag not in (*one.family.tags, dev_tag(one.family.world)):
                     taken[tag] = f"a tag of the family {name!r} ({one.file})"
     files = {one.family.family: str(one.file) for one in loaded if one.family.family in tasks}
     return {"tasks": tasks, "tags": tags, "problems": problems, "families": files}

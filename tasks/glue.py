@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from bitquake.envelope import Envelope, EnvelopeError, decode
 from bitquake.noise import ImageError, NoiseSpec, SampleKey, load_rgb
-from bitquake.records import RECORD_KEY, Failure, SampleRecord
+from bitquake.records import RECORD_KEY, Failure, SampleRecord, question_hash
 
 from . import aggregate, answers, sources
 from .answers import Outcome
@@ -35,7 +35,7 @@ from .scoring.choice import LETTERS
 from .scoring.retrieval import CandidateError
 from .selection import describe
 from .strict_yaml import load_task_yaml
-from .variants import FULL, THRESHOLD, why_not
+from .variants import DEV, FULL, THRESHOLD, why_not
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Task:
 
     @property
     def variant(self) -> str:
-        """``clean``, ``threshold``, ``fog_3``, ``fog_3_full``, a shift's name, ``<shift>_threshold``."""
+        """``clean``, ``threshold``, ``dev``, ``fog_3``, ``fog_3_full``, a shift's name, ``<shift>_threshold``."""
         return self.name.removeprefix(f"{self.contract.family}_")
 
     @property
@@ -79,6 +79,8 @@ class Task:
             return shifts[self.variant]
         if self.variant == THRESHOLD:
             return splits.threshold
+        if self.variant == DEV and splits.dev is not None:
+            return splits.dev
         shift = self._threshold_of()
         if shift is not None:
             return threshold_of(shifts[shift], splits.threshold)
@@ -310,6 +312,8 @@ class Task:
             subset=doc[IDS]["subset"],
             n_tokens=envelope.n_tokens,
             truncated=envelope.truncated,
+            question_hash=question_hash(self.question(doc)),
+            features=envelope.features,
         )
 
     def outcome(self, doc: Mapping[str, Any], envelope: Envelope) -> Outcome:

@@ -173,8 +173,13 @@ def _as_split(value: Any) -> Any:
 AnySplit = Annotated[Split, BeforeValidator(_as_split)]
 
 
+ROLES = ("test", "threshold", "calibration", "dev")
+"""What a split is for; see ``Splits``."""
+
+
 class Splits(_Model):
-    """test: what is reported; threshold: what thresholds are fitted on; calibration: what quantizers may see.
+    """test: what is reported; threshold: what thresholds are fitted on; calibration: what quantizers may see; dev: what
+    a Selector learns from.
 
     They must not share an image; parts of one split must not overlap. A split's name alone may stand for it.
     """
@@ -182,6 +187,7 @@ class Splits(_Model):
     test: AnySplit
     threshold: AnySplit
     calibration: AnySplit | None = None
+    dev: AnySplit | None = None
 
     @model_validator(mode="after")
     def _disjoint(self) -> Splits:
@@ -194,7 +200,7 @@ class Splits(_Model):
 
     def roles(self) -> list[tuple[str, Split]]:
         """(role, split) for each that is given."""
-        return [(role, split) for role in ("test", "threshold", "calibration") if (split := getattr(self, role))]
+        return [(role, split) for role in ROLES if (split := getattr(self, role))]
 
 
 class Columns(_Model):
@@ -305,7 +311,7 @@ class Shift(Split):
 
 
 class Variants(_Model):
-    """Variants beside ``<family>_clean`` and ``<family>_threshold``, which every family has."""
+    """Variants beside ``<family>_clean`` and ``<family>_threshold``, which every family has, and ``<family>_dev``."""
 
     noise: NoiseVariants | None = None
     shifts: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], Shift] = Field(default_factory=dict)
@@ -365,7 +371,8 @@ class Family(_Model):
     """One benchmark and its variants; see CONTRIBUTING for an example.
 
     Attributes:
-        family: name; tasks are called ``<family>_clean``, ``<family>_threshold``, ``<family>_<noise>_<severity>``.
+        family: name; tasks are called ``<family>_clean``, ``<family>_threshold``, ``<family>_<noise>_<severity>``, and
+            with a split ``dev`` ``<family>_dev``.
         title, source, license: for people.
         version: rises when prompts, splits or scoring change, so that old and new results are told apart.
         world: ``block`` for the offline block world, else ``real``; the two never share a table.
@@ -497,7 +504,7 @@ class Family(_Model):
         return self
 
     def check_shifts(self) -> None:
-        """Raise ValueError where a shift holds images that thresholds are fitted on or quantizers see."""
+        """Raise ValueError where a shift holds images that thresholds or Selectors are fitted on or quantizers see."""
         for name, shift in self.variants.shifts.items():
             for role, split in self.splits.roles():
                 if role != "test" and shift.shares_images(split):
@@ -506,7 +513,7 @@ class Family(_Model):
                 continue
             apart: dict[str, Split] = {name: shift}
             apart |= {other: one for other, one in self.variants.shifts.items() if one.shift_from == name}
-            apart |= {role: split for role, split in self.splits.roles() if role == "calibration"}
+            apart |= {role: split for role, split in self.splits.roles() if role in ("calibration", "dev")}
             for other, one in apart.items():
                 if one.shares_images(shift.threshold):
                     both = _take_both(one, shift.threshold)
@@ -553,7 +560,7 @@ def json_schema() -> str:
     """The published JSON schema of a family file (``family.schema.json``), as text."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Family.model_json_schema()
     # What a validator turns into a mapping, a file may write short.
-    for role in ("test", "threshold", "calibration"):
+    for role in ROLES:
         split = schema["$defs"]["Splits"]["properties"][role]
         split.setdefault("anyOf", [{"$ref": split.pop("$ref")}] if "$ref" in split else [])
         split["anyOf"].append({"type": "string"})

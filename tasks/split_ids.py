@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from .families import FamilyError, Loaded
-from .schema import Split, Splits
-
-ROLES = ("test", "threshold", "calibration")
+from .schema import ROLES, Split, Splits
 
 
 def read_roles(file: Path) -> dict[str, list[str]]:
-    """The lists of a file ``{"test": [...], "threshold": [...], "calibration": [...]}``; the last may lack.
+    """The lists of a file ``{"test": [...], "threshold": [...], "calibration": [...], "dev": [...]}``.
+
+    The last two may lack.
 
     Raises:
         FamilyError: not such a file, a list that is empty or holds anything but ids, or an id that comes twice.
     """
     data = _read_json(file)
-    expected = 'expected {"test": [sample ids], "threshold": [...], "calibration": [...]}'
+    expected = 'expected {"test": [sample ids], "threshold": [...], "calibration": [...], "dev": [...]}'
     if not isinstance(data, dict):
         raise FamilyError(f"{file}: {expected}, got {type(data).__name__}")
     for role in data:
@@ -53,10 +53,11 @@ def with_ids(loaded: Loaded, file: Path | None = None) -> Loaded:
 
     Args:
         file: a file of ``read_roles`` that replaces the family's own parts, from the user's configuration. Without a
-            list for ``calibration`` in it the family has no calibration split.
+            list for ``calibration`` (or ``dev``) in it the family has no such split.
 
     Raises:
-        FamilyError: a list cannot be read, or what is measured and what thresholds or quantizers see share an id.
+        FamilyError: a list cannot be read, or an id is both in what is measured and in what thresholds, quantizers or
+            Selectors see.
     """
     family = loaded.family
     splits: dict[str, Split] = dict(family.splits.roles())
@@ -100,7 +101,7 @@ def with_ids(loaded: Loaded, file: Path | None = None) -> Loaded:
 
 def _refuse_overlaps(lists: Mapping[str, tuple[str, list[str]]], loaded: Loaded, file: Path | None) -> None:
     """Test and shift rows are measured, and may be the same rows; all else must be rows of its own."""
-    for role in ("threshold", "calibration"):
+    for role in ROLES[1:]:
         place = f"splits.{role}"
         if place not in lists:
             continue
@@ -111,7 +112,7 @@ def _refuse_overlaps(lists: Mapping[str, tuple[str, list[str]]], loaded: Loaded,
                 raise loaded.problem(
                     place,
                     f"shares {len(common)} sample ids with {other}{f' in {file}' if file else ''}, for example "
-                    f"{min(common)!r}; what thresholds or quantizers see must not be measured on",
+                    f"{min(common)!r}; what thresholds, quantizers or Selectors see must not be measured on",
                 )
 
 

@@ -9,6 +9,7 @@ from bitquake.noise import image_noises, text_noises
 
 CLEAN = "clean"
 THRESHOLD = "threshold"
+DEV = "dev"
 ALL = "all"
 SHIFT = "shift"
 FULL = "full"
@@ -91,7 +92,7 @@ def chosen_noises(wanted: str | Sequence[str], *, boxes: bool, question: bool) -
 
 def why_reserved(shift: str) -> str | None:
     """Why a shift cannot have a name, or None where it can: it would read as another variant, or as a tag."""
-    if shift in (CLEAN, THRESHOLD, ALL, SHIFT, *TAGS.values()):
+    if shift in (CLEAN, THRESHOLD, DEV, ALL, SHIFT, *TAGS.values()):
         return "is what another task or tag of every family is called"
     if shift.endswith(f"_{THRESHOLD}"):
         return "ends like a threshold task"
@@ -99,6 +100,11 @@ def why_reserved(shift: str) -> str | None:
         if shift == taken or shift.startswith(f"{taken}_"):
             return f"reads like the noise {taken!r}"
     return None
+
+
+def dev_tag(world: str) -> str:
+    """The tag of all tasks of a world that Selectors learn from; families share it."""
+    return f"{world}_{DEV}"
 
 
 def noise_tags(family: str, noise: str, severity: int, *, full: bool = False) -> list[str]:

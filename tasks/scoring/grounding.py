@@ -31,6 +31,7 @@ _BARE_FOUR = re.compile(rf"\A\s*{_NUMBER}{_GAP}{_NUMBER}{_GAP}{_NUMBER}{_GAP}{_N
 # PaliGemma: <loc0102><loc0204><loc0511><loc0767> the dog
 _LOCATIONS = re.compile(r"\s*".join([r"<loc(\d{4})>"] * 4))
 _LOCATION_BINS = 1024.0
+_EXACT_BOX = re.compile(r"\[" + ", ".join([r"(-?\d{1,20}(?:\.\d{1,20})?(?:e-\d{1,2})?)"] * 4) + r"\]", re.ASCII)
 _TAGS = re.compile(r"<\|?/?[A-Za-z_]{1,40}\|?>")
 
 
@@ -178,6 +179,24 @@ def score_box(
 def format_box(box: Sequence[float]) -> str:
     """A box as reference answers are written: whole pixels, ``[x1, y1, x2, y2]``."""
     return "[" + ", ".join(str(round(edge)) for edge in box) + "]"
+
+
+def exact_box(box: Box) -> str:
+    """A box as records hold a model's answer: ``[x1, y1, x2, y2]`` with every digit, so that it can be scored again."""
+    return "[" + ", ".join(str(int(edge)) if edge.is_integer() else repr(edge) for edge in map(float, box)) + "]"
+
+
+def read_exact_box(text: str) -> Box:
+    """The box that ``exact_box`` wrote.
+
+    Raises:
+        ValueError: the text is of another form.
+    """
+    match = _EXACT_BOX.fullmatch(text)
+    if match is None:
+        raise ValueError(f"expected a box as [x1, y1, x2, y2], got {text[:80]!r}")
+    x1, y1, x2, y2 = (float(edge) for edge in match.groups())
+    return x1, y1, x2, y2
 
 
 def _area(box: Box) -> float:

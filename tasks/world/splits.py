@@ -1,7 +1,8 @@
 """The splits of the block world, disjoint by image: every split draws its scenes from seeds of its own range.
 
 ``rows`` yields the rows of one family and split with the column names and types of the real datasets, plus
-``sample_id`` and ``image_id``; ``train`` has no end in sight (it is generated), the others have the sizes in ``SIZES``.
+``sample_id`` and ``image_id``; ``train`` (what the reference models learn from) has no end in sight and is generated,
+the others have the sizes in ``SIZES``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ FAMILIES = (
     "block_flickr_retrieval",
 )
 """New families go to the end: the place of a family decides its scenes' seeds."""
-SPLITS = ("train", "calibration", "threshold", "test")
+SPLITS = ("dev", "calibration", "threshold", "test")
+"""The shipped splits; the place of a split decides its scenes' seeds too."""
 WORLD_SEED = 20_261
 
 _SPAN = 1 << 40
@@ -44,11 +46,26 @@ class Size(NamedTuple):
 
 
 SIZES: dict[str, dict[str, Size]] = {
-    "block_vqav2": {"test": Size(10_000, 5), "threshold": Size(2_000, 5), "calibration": Size(512, 4)},
+    "block_vqav2": {
+        "test": Size(10_000, 5),
+        "threshold": Size(2_000, 5),
+        "calibration": Size(512, 4),
+        "dev": Size(10_000, 5),
+    },
     "block_advqa": {"test": Size(2_000, 4), "threshold": Size(1_000, 4), "calibration": Size(256, 4)},
     "block_vizwiz": {"test": Size(2_000, 2), "threshold": Size(1_000, 2), "calibration": Size(128, 2)},
-    "block_refcocoplus": {"test": Size(2_000, 3), "threshold": Size(1_000, 3), "calibration": Size(256, 3)},
-    "block_scienceqa": {"test": Size(2_000, 2), "threshold": Size(1_000, 2), "calibration": Size(128, 2)},
+    "block_refcocoplus": {
+        "test": Size(2_000, 3),
+        "threshold": Size(1_000, 3),
+        "calibration": Size(256, 3),
+        "dev": Size(4_000, 3),
+    },
+    "block_scienceqa": {
+        "test": Size(2_000, 2),
+        "threshold": Size(1_000, 2),
+        "calibration": Size(128, 2),
+        "dev": Size(2_800, 2),
+    },
     "block_coco_caption": {"test": Size(1_000, 1), "threshold": Size(500, 1), "calibration": Size(128, 1)},
     "block_flickr_retrieval": {"test": Size(1_000, 1), "threshold": Size(500, 1), "calibration": Size(128, 1)},
 }
@@ -65,9 +82,9 @@ def scene_seed(family: str, split: str, index: int) -> int:
 
 
 def _place(family: str, split: str) -> int:
-    if family not in FAMILIES or split not in SPLITS[1:]:
-        raise ValueError(f"no shipped split {split!r} of {family!r}; families are {FAMILIES}, splits {SPLITS[1:]}")
-    return FAMILIES.index(family) * 4 + SPLITS.index(split)
+    if family not in FAMILIES or split not in SPLITS:
+        raise ValueError(f"no shipped split {split!r} of {family!r}; families are {FAMILIES}, splits {SPLITS}")
+    return FAMILIES.index(family) * len(SPLITS) + SPLITS.index(split)
 
 
 def encode_image(pixels: NDArray[np.uint8]) -> bytes:

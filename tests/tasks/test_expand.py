@@ -64,7 +64,7 @@ def test_every_built_in_family_is_registered(cache: Path, all_families: None) ->
 
 def test_every_family_has_clean_threshold_and_each_noise_at_each_severity(cache: Path) -> None:
     index = builtin_index(cache=cache)
-    expected = {"block_vqav2_clean", "block_vqav2_threshold"}
+    expected = {"block_vqav2_clean", "block_vqav2_threshold", "block_vqav2_dev"}
     expected |= noisy("block_vqav2", [*image_noises(), *text_noises()])
     assert set(index.family_tasks("block_vqav2")) == expected
     assert {name for name in index.tasks if name.startswith("block_vqav2_")} == expected
@@ -86,6 +86,9 @@ def test_tags_of_the_four_groups(cache: Path) -> None:
         for severity in range(1, 6):
             assert set(tags[f"vqav2_{tag}_{severity}"]) == noisy("vqav2", names, [severity])
             assert set(tags[f"vqav2_{tag}_{severity}_full"]) == noisy("vqav2", names, [severity], "_full")
+    assert set(tags["real_dev"]) == {"vqav2_dev"}
+    assert set(tags["block_dev"]) == {"block_vqav2_dev", "block_scienceqa_dev"}
+    assert not any(name.endswith("_dev") for tag, names in tags.items() if not tag.endswith("_dev") for name in names)
     plain = {"vqav2_clean", "vqav2_threshold"}
     assert set(tags["vqav2_all"]) == noisy("vqav2", [*image_noises(), *text_noises()]) | plain
     assert not any(name.endswith("_full") for name in index.family_tasks("block_vqav2"))  # no subset, no _full

@@ -64,6 +64,15 @@ def test_the_smallest_family(tmp_path: Path) -> None:
             {"splits": {"test": {"split": "v", "part": [0.4, 1]}, "threshold": {"split": "v", "part": [0, 0.5]}}},
             "share images",
         ),
+        ({"splits": {"test": "v", "threshold": "t", "dev": "v"}}, "test and dev share images"),
+        ({"splits": {"test": "v", "threshold": "t", "calibration": "c", "dev": "c"}}, "calibration and dev share"),
+        (
+            {
+                "splits": {"test": "v", "threshold": "t", "dev": "d"},
+                "variants": {"shifts": {"hard": {"split": "d", "part": [0.0, 0.1]}}},
+            },
+            "hard: shares images with dev",
+        ),
         ({"splits": {"test": {"split": "v", "part": [0.5, 0.5]}, "threshold": "t"}}, "low < high"),
         ({"splits": {"test": {"split": "v", "part": [0, 2]}, "threshold": "t"}}, "got 2"),
         ({"text": {"template": "{question} {expression}"}}, r"unknown field \{expression\}"),
@@ -105,7 +114,7 @@ def test_the_smallest_family(tmp_path: Path) -> None:
         ({"lmms_eval_specific_kwargs": {"qwen_vl": {}}}, "key named after a model would replace the noise"),
         *(
             ({"variants": {"shifts": {name: {"split": "s"}}}}, f"'{name}' (is what another|reads like|ends like)")
-            for name in ("clean", "threshold", "noise", "all", "shift", "fog", "fog_3", "text_noise", "noise_2")
+            for name in ("clean", "threshold", "dev", "noise", "all", "shift", "fog", "fog_3", "text_noise", "noise_2")
         ),
         ({"variants": {"shifts": {"a_threshold": {"split": "s"}}}}, "ends like a threshold task"),
         ({"variants": {"shifts": {"a b": {"split": "s"}}}}, "shifts.a b: .*got 'a b'"),

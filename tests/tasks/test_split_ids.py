@@ -11,7 +11,7 @@ import pytest
 
 from bitquake.tasks import families
 from bitquake.tasks.contract import TaskContract
-from bitquake.tasks.expand import builtin_index
+from bitquake.tasks.expand import builtin_index, variants_of
 from bitquake.tasks.families import FamilyError, Loaded, load_family
 from bitquake.tasks.split_ids import read_roles, with_ids
 from bitquake.tasks.strict_yaml import load_task_yaml
@@ -61,6 +61,15 @@ def test_a_list_takes_the_place_of_a_part(write: Any, listed: Any) -> None:
     assert again.family.splits.test.ids != splits.test.ids
     assert again.family.splits.threshold.ids == splits.threshold.ids
     assert with_ids(listed()) == listed()
+
+
+def test_a_list_for_dev_makes_a_task_of_its_own(write: Any, listed: Any) -> None:
+    found = with_ids(listed(), write("paper.json", {"test": [1], "threshold": [2], "dev": ["7", 8]}))
+    dev = found.family.splits.dev
+    assert dev.split == "val" and json.loads(found.ids[dev.ids]) == ["7", "8"]
+    tasks = {variant.task: variant for variant in variants_of(found.family)}
+    assert tasks["listed_dev"].split == dev and tasks["listed_dev"].noise is None
+    assert "listed_dev" not in {variant.task for variant in variants_of(listed().family)}
 
 
 def test_without_a_list_for_calibration_there_is_no_calibration(write: Any, listed: Any) -> None:
@@ -113,6 +122,8 @@ def test_a_file_that_is_not_there(tmp_path: Path, listed: Any) -> None:
         ({"test": [1, 2], "threshold": [2, 3]}, "splits.threshold: shares 1 sample ids with splits.test in .*'2'"),
         ({"test": [1], "threshold": [2], "calibration": [2]}, "shares 1 sample ids with splits.calibration"),
         ({"test": [1], "threshold": [2], "calibration": [1]}, "splits.calibration: shares 1 sample ids"),
+        ({"test": [1], "threshold": [2], "dev": [3, 1]}, "splits.dev: shares 1 sample ids with splits.test"),
+        ({"test": [1], "threshold": [2], "dev": [2]}, "splits.threshold: shares 1 sample ids with splits.dev"),
     ],
 )
 def test_lists_that_overlap(lists: Any, message: str, write: Any, listed: Any) -> None:

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from itertools import pairwise, permutations
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 import pytest
@@ -234,14 +234,14 @@ def test_shipped_files_have_the_promised_sizes_and_are_what_the_generator_makes(
             assert (pixels[0] == pixels[1]).all()
             assert {k: v for k, v in row.items() if k != "image"} == {k: v for k, v in made.items() if k != "image"}
         images[split] = {hashlib.blake2b(cell["bytes"]).hexdigest() for cell in table["image"].to_pylist()}
-    assert not images["test"] & images["threshold"] and not images["test"] & images["calibration"]
-    assert not images["threshold"] & images["calibration"]
+    for one, other in combinations(images, 2):
+        assert not images[one] & images[other], (one, other)
     assert splits.SIZES["block_vqav2"]["test"].questions == 10_000
 
 
 def test_shipped_data_is_small() -> None:
     sizes = {family: sum(path.stat().st_size for path in (build.DATA / family).iterdir()) for family in splits.FAMILIES}
-    assert sum(list(sizes.values())[:5]) <= 20e6 and sum(sizes.values()) <= 24e6
+    assert sum(list(sizes.values())[:5]) <= 30e6 and sum(sizes.values()) <= 34e6
     assert {path.name for path in build.DATA.iterdir()} == set(splits.FAMILIES)
 
 
