@@ -19,16 +19,18 @@ Draws come from raw PCG64 output through our own arithmetic: the same seed draws
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .registry import Metric, lookup
-from .samples import FloatArray, OrderedSamples, Resampled, Samples, ratio
+from .samples import FloatArray, IntArray, OrderedSamples, Resampled, Samples, ratio
 
 # Numbers in one (replicates x samples) array of a block: a dozen of them fit the processor's cache.
 BLOCK = 2**16
+# Numbers in one (replicates x clusters) array of draws where nothing else is held beside it.
+DRAWS_AT_ONCE = 2**21
 # Replicates in which a metric may be undefined (no wrong answer drawn, say) before its interval is.
 UNDEFINED_ALLOWED = 0.05
 
@@ -81,6 +83,13 @@ class Run(NamedTuple):
     threshold: OrderedSamples | None
 
 
+class Replicates(NamedTuple):
+    """Values (runs, metrics) of one condition and their bootstrap replicates (runs, metrics, replicates)."""
+
+    values: FloatArray
+    draws: FloatArray
+
+
 def evaluate(
     score: ArrayLike,
     confidence: ArrayLike | None = None,
@@ -101,7 +110,7 @@ def evaluate(
     chosen = lookup(None if metrics is None else list(metrics))
     run = _run(Samples(score, confidence, cluster), threshold)
     values, draws = replicate([run], chosen, replicates=replicates, seed=seed)
-    _check_level(level)
+    check_level(level)
     out: dict[str, Estimate] = {}
     s = run.samples
     for index, metric in enumerate(chosen):
@@ -143,11 +152,11 @@ def compare(
     one). Identical runs differ by exactly 0. ValueError when the two cluster arrays differ: the runs are no pair.
     """
     chosen = lookup(None if metrics is None else list(metrics))
-    _check_level(level)
+    check_level(level)
     runs = [_run(candidate, candidate_threshold), _run(baseline, baseline_threshold)]
-    _check_pair(candidate, baseline, "samples")
+    check_pair(candidate, baseline, "samples")
     if candidate_threshold is not None and baseline_threshold is not None:
-        _check_pair(candidate_threshold, baseline_threshold, "threshold splits")
+        check_pair(candidate_threshold, baseline_threshold, "threshold splits")
     values, draws = replicate(runs, chosen, replicates=replicates, seed=seed)
     s = runs[0].samples
     missing = (s.n_missing, runs[1].samples.n_missing)
@@ -183,38 +192,74 @@ def paired_difference(
     return compare(candidate, baseline, metrics=[metric], replicates=replicates, seed=seed, level=level)[metric]
 
 
-def replicate(
-    runs: Sequence[Run], metrics: Sequence[Metric], *, replicates: int, seed: int
-) -> tuple[FloatArray, FloatArray]:
+def replicate(runs: Sequence[Run], metrics: Sequence[Metric], *, replicates: int, seed: int) -> Replicates:
     """Values (runs, metrics) and their bootstrap replicates (runs, metrics, replicates), all runs on shared draws.
 
     The runs must hold the same clusters. Any statistic of several runs (a difference, a difference of differences) is
     that of the values, with the replicates' spread (from which the noise of calibration errors is already taken off).
     """
+    return replicate_jointly([runs], metrics, replicates=replicates, seed=seed)[0]
+
+
+def replicate_jointly(
+    conditions: Sequence[Sequence[Run]], metrics: Sequence[Metric], *, replicates: int, seed: int
+) -> list[Replicates]:
+    """`replicate` of several conditions whose images differ, on one draw of images: one result for each condition.
+
+    Each replicate draws from the union of all images (and of all images of the threshold splits), as many as there are;
+    an image that comes up k times counts k times in every condition that holds it. A statistic across conditions, of
+    the same images or of others, therefore has the right covariance. With equal images everywhere the draws are those
+    of `replicate`. Cluster ids must name the image in the same way in all conditions. A run of fewer than two images
+    has a value, but only NaN replicates.
+    """
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1, got {replicates}")
-    clusters = runs[0].samples.n_clusters
-    threshold_clusters = max((run.threshold.n_clusters for run in runs if run.threshold is not None), default=0)
-    values = np.full((len(runs), len(metrics)), np.nan)
-    draws = np.full((len(runs), len(metrics), replicates), np.nan)
-    ones, threshold_ones = np.ones((1, clusters)), np.ones((1, threshold_clusters))
-    for r, run in enumerate(runs):
-        values[r] = _compute(run, metrics, ones, threshold_ones)[:, 0]
-    if clusters < 2:
-        return values, draws
-    largest = max(max(run.samples.n, run.threshold.n if run.threshold else 0) for run in runs)
+    every = [run for runs in conditions for run in runs]
+    clusters, where = _union([run.samples for run in every])
+    fit_clusters, fit_where = _union([run.threshold for run in every])
+    values = np.full((len(every), len(metrics)), np.nan)
+    draws = np.full((len(every), len(metrics), replicates), np.nan)
+    ones, fit_ones = np.ones((1, clusters)), np.ones((1, fit_clusters))
+    for r, run in enumerate(every):
+        values[r] = _compute(run, metrics, _select(ones, where[r]), _select(fit_ones, fit_where[r]))[:, 0]
+    largest = max((max(run.samples.n, run.threshold.n if run.threshold else 0) for run in every), default=0)
     rows = max(1, BLOCK // max(1, largest))
-    test_stream = cluster_draws(clusters, replicates, rows, seed, stream=0)
-    threshold_stream = cluster_draws(threshold_clusters, replicates, rows, seed, stream=1)
+    streams = zip(
+        cluster_draws(clusters, replicates, rows, seed, stream=0),
+        cluster_draws(fit_clusters, replicates, rows, seed, stream=1),
+        strict=True,
+    )
     start = 0
-    for counts, threshold_counts in zip(test_stream, threshold_stream, strict=True):
-        for r, run in enumerate(runs):
-            draws[r, :, start : start + len(counts)] = _compute(run, metrics, counts, threshold_counts)
+    for counts, fit_counts in streams if any(run.samples.n_clusters > 1 for run in every) else ():
+        for r, run in enumerate(every):
+            if run.samples.n_clusters > 1:
+                block = _compute(run, metrics, _select(counts, where[r]), _select(fit_counts, fit_where[r]))
+                draws[r, :, start : start + len(counts)] = block
         start += len(counts)
     for m, metric in enumerate(metrics):
         if metric.noise_layers:
-            draws[:, m] = _without_noise(values[:, m], draws[:, m], metric.noise_layers)
-    return values, draws
+            draws[:, m] = without_noise(values[:, m], draws[:, m], metric.noise_layers)
+    ends = np.cumsum([len(runs) for runs in conditions])
+    return [
+        Replicates(values[end - len(c) : end], draws[end - len(c) : end])
+        for c, end in zip(conditions, ends, strict=True)
+    ]
+
+
+def _union(parts: Sequence[OrderedSamples | None]) -> tuple[int, list[IntArray | None]]:
+    """Number of distinct clusters, and which of them each part has, in its order (None: all of them)."""
+    ids = [np.zeros(0, dtype=np.int64) if part is None else part.distinct_clusters for part in parts]
+    kept = [i for i in ids if i.size]
+    if len({i.dtype.kind in "US" for i in kept}) > 1:
+        raise ValueError("cluster ids must be numbers in all conditions or texts in all: they name the same images")
+    if not kept or all(np.array_equal(i, kept[0]) for i in kept):
+        return (kept[0].size if kept else 0), [None] * len(ids)
+    union = np.unique(np.concatenate(kept))
+    return union.size, [None if i.size == union.size else np.searchsorted(union, i) for i in ids]
+
+
+def _select(counts: FloatArray, where: IntArray | None) -> FloatArray:
+    return counts if where is None else np.take(counts, where, axis=1)
 
 
 def cluster_draws(clusters: int, replicates: int, rows: int, seed: int, *, stream: int) -> Iterator[FloatArray]:
@@ -255,7 +300,7 @@ def interval(
     return float(lo), float(hi), ""
 
 
-def _without_noise(value: FloatArray, draws: FloatArray, layers: int) -> FloatArray:
+def without_noise(value: FloatArray, draws: FloatArray, layers: int) -> FloatArray:
     """(..., replicates) draws of an error, less `layers` times what resampling adds to its square; roots keep signs."""
     square = np.sign(draws) * draws**2
     defined = ~np.isnan(square)
@@ -283,16 +328,21 @@ def _run(samples: Samples, threshold: Samples | None) -> Run:
     except ValueError as error:
         raise ValueError(f"threshold split: {error}") from error
     if samples.cluster is not None and threshold.cluster is not None:
-        shared = np.intersect1d(ordered.distinct_clusters, fitting.distinct_clusters)
-        if shared.size:
-            raise ValueError(
-                f"the threshold split shares {shared.size} images with the samples (such as {shared[0]!r}); "
-                "a threshold must be fitted on other images, and cluster ids must name the image, not its row"
-            )
+        check_disjoint(ordered.distinct_clusters, fitting.distinct_clusters)
     return Run(ordered, fitting)
 
 
-def _check_pair(candidate: Samples, baseline: Samples, what: str) -> None:
+def check_disjoint(images: NDArray[Any], threshold_images: NDArray[Any]) -> None:
+    """ValueError when a threshold would be judged on images that it was fitted on."""
+    shared = np.intersect1d(images, threshold_images)
+    if shared.size:
+        raise ValueError(
+            f"the threshold split shares {shared.size} images with the samples (such as {shared[0]!r}); "
+            "a threshold must be fitted on other images, and cluster ids must name the image, not its row"
+        )
+
+
+def check_pair(candidate: Samples, baseline: Samples, what: str) -> None:
     if (candidate.cluster is None) != (baseline.cluster is None):
         raise ValueError(f"the {what} of a pair must both carry cluster ids, or neither")
     sizes = np.size(np.asarray(candidate.score)), np.size(np.asarray(baseline.score))
@@ -304,7 +354,7 @@ def _check_pair(candidate: Samples, baseline: Samples, what: str) -> None:
         raise ValueError(f"the {what} of a pair must be the same in the same order, but their cluster ids differ")
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}")
 

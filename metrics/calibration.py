@@ -15,6 +15,8 @@ from .samples import FloatArray, IntArray, Resampled, check_confidence, guarded,
 
 # Confidences come from float32 softmax: a probability closer to 0 or 1 than this cannot be told from 0 or 1.
 NLL_CLIP = 2.0**-24
+# Relative; whole weights lie further apart for any number of samples that fits in memory.
+EDGE_TOLERANCE = 1e-10
 
 
 class ReliabilityBins(NamedTuple):
@@ -74,7 +76,8 @@ def ece_equal_mass_of(block: Resampled, bins: int) -> FloatArray:
     gap = block.cum_score[:, :k] - block.cumulative(confidence)[:, :k]
     # From the most confident down: a level lies in the bin that holds the middle of its mass.
     middle = (weight - level / 2) * bins
-    wanted = np.arange(1, bins)
+    # A middle on an edge lies above it; fractional weights (mixtures) reach an edge with a rounding error.
+    wanted = np.arange(1, bins) * (1 - EDGE_TOLERANCE)
     edges = np.zeros((weight.shape[0], bins + 1))
     for row in range(weight.shape[0]):
         position = np.searchsorted(middle[row], wanted * weight[row, -1], side="left")

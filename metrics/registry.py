@@ -13,7 +13,7 @@ from .samples import FloatArray, Resampled, guarded
 Unit = Literal["percent", "fraction", "nats"]
 
 # Tolerated risks and costs of a wrong answer that are reported (papers: arXiv 2204.13631).
-RISKS = (0.01, 0.05, 0.10, 0.20)
+RISKS = (0.005, 0.01, 0.05, 0.10, 0.20)
 COSTS = (1, 10, 100)
 BINS = 15
 
@@ -53,7 +53,11 @@ class Metric:
             if threshold is None:
                 raise ValueError(f"{self.key} needs the threshold split")
             cost = self.cost
-            chosen = guarded(lambda b: selective.phi_threshold_of(b, cost), threshold)
+            # The same split serves many tasks, and a draw of its images gives the same thresholds for all of them.
+            chosen = threshold.samples.once(
+                ("phi threshold", cost, threshold.digest),
+                lambda: guarded(lambda b: selective.phi_threshold_of(b, cost), threshold),
+            )
             return guarded(lambda b: selective.phi_of(b, cost, chosen), block)
         assert self.core is not None
         return guarded(self.core, block, needs_confidence=self.needs_confidence)

@@ -7,6 +7,7 @@ once for all the metrics that need it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from scipy import sparse
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 
 class Samples(NamedTuple):
@@ -83,6 +85,18 @@ def check_cluster(cluster: ArrayLike | None, n: int) -> NDArray[Any]:
             "give a sample without an image an id of its own"
         )
     return text
+
+
+def check_weights(weights: ArrayLike | None, n: int) -> FloatArray:
+    """(n,) weights (None: all 1); ValueError for another length, or one that is negative or not finite."""
+    if weights is None:
+        return np.ones(n)
+    w = _vector(weights, "weights")
+    if w.size != n:
+        raise ValueError(f"weights must have one entry per score ({n}), got {w.size}")
+    if not (np.isfinite(w) & (w >= 0)).all():
+        raise ValueError("weights must be finite and not negative")
+    return w
 
 
 def _vector(values: ArrayLike, name: str) -> FloatArray:
@@ -180,6 +194,11 @@ class Resampled:
         self.counts = counts
 
     @cached_property
+    def digest(self) -> bytes:
+        """Tells one block of draws from another."""
+        return hashlib.blake2b(np.ascontiguousarray(self.counts).data, digest_size=16).digest()
+
+    @cached_property
     def weight(self) -> FloatArray:
         """(r, n) weight of each sorted sample."""
         return np.take(self.counts, self.samples.cluster, axis=1)
@@ -225,17 +244,6 @@ class Resampled:
         return self.cum_weight - self.cum_score
 
     @cached_property
-    def best_risk_from(self) -> FloatArray:
-        """(r, n_levels) lowest selective risk at this level or any with more coverage; rises along a row.
-
-        With it the largest coverage under a given risk is one binary search for each risk.
-        """
-        k = self.samples.n_levels
-        weight = self.cum_weight[:, :k]
-        risk = np.divide(self.cum_risk[:, :k], weight, out=np.zeros_like(weight), where=weight > 0)
-        return np.minimum.accumulate(risk[:, ::-1], axis=1)[:, ::-1]
-
-    @cached_property
     def by_score(self) -> Resampled:
         return Resampled(self.samples.by_score, self.counts)
 
@@ -268,14 +276,7 @@ def ratio(above: FloatArray, below: FloatArray) -> FloatArray:
 def plain(score: ArrayLike, confidence: ArrayLike | None, weights: ArrayLike | None = None) -> Resampled:
     """The samples as they are (weights 1), or each with its own non-negative weight, as one replicate."""
     samples = OrderedSamples(score, confidence)
-    if weights is None:
-        return Resampled(samples, np.ones((1, samples.n)))
-    w = _vector(weights, "weights")
-    if w.size != samples.n:
-        raise ValueError(f"weights must have one entry per score ({samples.n}), got {w.size}")
-    if not (np.isfinite(w) & (w >= 0)).all():
-        raise ValueError("weights must be finite and not negative")
-    return Resampled(samples, w[None, :])
+    return Resampled(samples, check_weights(weights, samples.n)[None, :])
 
 
 def guarded(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .samples import FloatArray, Resampled, guarded, plain, ratio
+from .samples import FloatArray, IntArray, Resampled, guarded, plain, ratio
 
 # Two risks or gains that differ by less are equal: the order of a floating-point sum must not decide.
 TOLERANCE = 1e-9
@@ -92,14 +92,17 @@ def excess_aurc_of(block: Resampled) -> FloatArray:
     return np.maximum(aurc_of(block) - aurc_oracle_of(block), 0.0)  # below 0 by rounding only
 
 
-def _levels_answered(block: Resampled, risk: float) -> FloatArray:
+def levels_answered(block: Resampled, risk: float) -> IntArray:
     """(r,) number of levels answered at the largest coverage whose risk is at most `risk`."""
-    best = block.best_risk_from
-    return np.array([np.searchsorted(row, risk + TOLERANCE, side="right") for row in best])
+    k = block.samples.n_levels
+    if k == 0:
+        return np.zeros(len(block.counts), dtype=np.int64)
+    allowed = block.cum_risk[:, :k] <= (risk + TOLERANCE) * block.cum_weight[:, :k]
+    return np.where(allowed.any(axis=1), k - np.argmax(allowed[:, ::-1], axis=1), 0)
 
 
 def coverage_at_risk_of(block: Resampled, risk: float) -> FloatArray:
-    answered = _levels_answered(block, risk).astype(np.int64)
+    answered = levels_answered(block, risk)
     rows = np.arange(answered.size)
     return ratio(np.where(answered > 0, block.cum_weight[rows, answered - 1], 0.0), block.total)
 

@@ -36,20 +36,11 @@ def clustered(rng: np.random.Generator, images: int, *, prefix: str = "image", s
     return Samples(score[order], confidence[order], cluster[order])
 
 
-def drawn_by_hand(clusters: int, replicates: int, seed: int, stream: int) -> Array:
-    """The documented draw in Python integers: low half of each raw number first, rows padded to an even length."""
-    bits = np.random.PCG64(np.random.SeedSequence([seed, stream]))
-    rows = []
-    for _ in range(replicates):
-        words = []
-        while len(words) < clusters:
-            raw = int(bits.random_raw())
-            words += [raw & 0xFFFFFFFF, raw >> 32]
-        rows.append(np.bincount([w * clusters >> 32 for w in words[:clusters]], minlength=clusters))
-    return np.array(rows)
+Draw = Callable[[int, int, int, int], Array]
+Make = Callable[..., Samples]
 
 
-def test_draws_are_multinomial_and_do_not_depend_on_the_block() -> None:
+def test_draws_are_multinomial_and_do_not_depend_on_the_block(drawn_by_hand: Draw) -> None:
     whole = np.concatenate(list(cluster_draws(7, 5, 100, seed=3, stream=1)))
     parts = np.concatenate(list(cluster_draws(7, 5, 2, seed=3, stream=1)))
     assert (whole == parts).all()
@@ -63,7 +54,7 @@ def test_draws_are_multinomial_and_do_not_depend_on_the_block() -> None:
     assert many.mean(axis=0) == pytest.approx(1, abs=0.04)
 
 
-def test_replicates_are_those_of_repeated_samples() -> None:
+def test_replicates_are_those_of_repeated_samples(clustered: Make, drawn_by_hand: Draw) -> None:
     """Each replicate's samples are written out and given to the plain functions: the slow, obvious way."""
     rng = np.random.default_rng(0)
     samples, fitting = clustered(rng, 30), clustered(rng, 25, prefix="threshold")
@@ -85,7 +76,7 @@ def test_replicates_are_those_of_repeated_samples() -> None:
         "excess_aurc": metrics.excess_aurc,
         **{
             f"coverage_at_risk_{p}": lambda a, c, p=p: metrics.coverage_at_risk(a, c, p / 100).coverage
-            for p in (1, 5, 10, 20)
+            for p in (0.5, 1, 5, 10, 20)
         },
     }
     tests, thresholds = drawn_by_hand(30, 40, 5, 0), drawn_by_hand(25, 40, 5, 1)
@@ -100,7 +91,9 @@ def test_replicates_are_those_of_repeated_samples() -> None:
             assert draws[0, k, r] == pytest.approx(expected, abs=1e-9), key
 
 
-def test_intervals_of_calibration_errors_have_the_resampling_noise_taken_off() -> None:
+def test_intervals_of_calibration_errors_have_the_resampling_noise_taken_off(
+    clustered: Make, drawn_by_hand: Draw
+) -> None:
     rng = np.random.default_rng(1)
     samples = clustered(rng, 40)
     draws = drawn_by_hand(40, 60, 9, 0)
@@ -118,7 +111,7 @@ def test_intervals_of_calibration_errors_have_the_resampling_noise_taken_off() -
         assert (got.lo, got.hi) == pytest.approx((np.clip(min(lo, value), 0, 1), max(hi, value)))
 
 
-def test_values_are_those_of_the_plain_functions() -> None:
+def test_values_are_those_of_the_plain_functions(clustered: Make) -> None:
     samples = clustered(np.random.default_rng(2), 200)
     fitting = clustered(np.random.default_rng(3), 150, prefix="threshold")
     result = metrics.evaluate(*samples, threshold=fitting, replicates=50, seed=0)
@@ -198,7 +191,7 @@ def drawn_many(rng: np.random.Generator, clusters: int, replicates: int) -> Arra
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), replicates).astype(float)
 
 
-def test_identical_runs_are_tied_with_a_difference_of_exactly_zero() -> None:
+def test_identical_runs_are_tied_with_a_difference_of_exactly_zero(clustered: Make) -> None:
     samples = clustered(np.random.default_rng(8), 120)
     fitting = clustered(np.random.default_rng(9), 100, prefix="threshold")
     result = metrics.compare(
@@ -211,15 +204,15 @@ def test_identical_runs_are_tied_with_a_difference_of_exactly_zero() -> None:
         assert difference.candidate == difference.baseline
 
 
-def noisy_pair(rng: np.random.Generator, images: int, harm: float) -> tuple[Samples, Samples]:
+def noisy_pair(clustered: Make, rng: np.random.Generator, images: int, harm: float) -> tuple[Samples, Samples]:
     """A baseline, and a candidate that changes a few of its answers; `harm` of the right ones become wrong."""
     baseline = clustered(rng, images, soft=False)
     flipped = (rng.random(baseline.score.size) < harm) & (baseline.score == 1)
     return baseline._replace(score=np.where(flipped, 0.0, baseline.score)), baseline
 
 
-def test_a_paired_difference_sees_what_two_intervals_cannot() -> None:
-    candidate, baseline = noisy_pair(np.random.default_rng(10), 500, 0.02)
+def test_a_paired_difference_sees_what_two_intervals_cannot(clustered: Make) -> None:
+    candidate, baseline = noisy_pair(clustered, np.random.default_rng(10), 500, 0.02)
     first = metrics.evaluate(*candidate, metrics=["accuracy"], replicates=1000, seed=0)["accuracy"]
     second = metrics.evaluate(*baseline, metrics=["accuracy"], replicates=1000, seed=0)["accuracy"]
     assert first.hi > second.lo  # apart, the two runs cannot be told apart
@@ -252,7 +245,7 @@ def test_runs_that_differ_by_luck_only_are_mostly_tied() -> None:
     assert max(apart.values()) <= 13, apart  # 5 of 100 expected; 13 has a chance of 1 in 1,000
 
 
-def test_phi_includes_the_luck_of_the_threshold() -> None:
+def test_phi_includes_the_luck_of_the_threshold(clustered: Make, drawn_by_hand: Draw) -> None:
     rng = np.random.default_rng(12)
     samples = clustered(rng, 400)
     few = clustered(rng, 20, prefix="threshold")
@@ -265,7 +258,7 @@ def test_phi_includes_the_luck_of_the_threshold() -> None:
     assert with_luck.hi - with_luck.lo > 1.2 * np.subtract(*np.quantile(fixed, [0.975, 0.025]))
 
 
-def test_the_order_of_the_samples_changes_nothing_and_the_seed_does() -> None:
+def test_the_order_of_the_samples_changes_nothing_and_the_seed_does(clustered: Make) -> None:
     samples = clustered(np.random.default_rng(13), 60)
     order = np.random.default_rng(14).permutation(samples.score.size)
     shuffled = Samples(*(column[order] for column in samples))

@@ -13,7 +13,7 @@ from bitquake.metrics import METRICS, Estimate, Samples, evaluate, ranking_cauti
 
 def test_every_metric_that_the_first_report_names_is_there() -> None:
     named = ["accuracy", "ece_15", "ece_mass_15", "brier", "auroc", "aurc"]
-    named += [f"coverage_at_risk_{r}" for r in (1, 5, 10, 20)] + [f"phi_{c}" for c in (1, 10, 100)]
+    named += [f"coverage_at_risk_{r}" for r in (0.5, 1, 5, 10, 20)] + [f"phi_{c}" for c in (1, 10, 100)]
     assert set(named) <= set(METRICS)
     for key, metric in METRICS.items():
         assert metric.key == key
@@ -43,6 +43,7 @@ def test_the_direction_of_every_metric() -> None:
 @pytest.mark.parametrize(
     ("key", "n", "half_width", "reason"),
     [
+        ("coverage_at_risk_0.5", 19_999, 0.01, "at least 20,000 samples"),
         ("coverage_at_risk_1", 9_999, 0.01, "at least 10,000 samples"),
         ("coverage_at_risk_1", 10_000, 0.01, ""),
         ("coverage_at_risk_1", 10_000, 0.06, "12 points wide"),
