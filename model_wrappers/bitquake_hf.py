@@ -38,7 +38,7 @@ from loguru import logger as eval_logger
 from tqdm import tqdm
 
 from bitquake import __version__
-from bitquake.envelope import ENVELOPE_VERSION, Envelope
+from bitquake.envelope import ENVELOPE_VERSION, Envelope, decode
 from bitquake.quant_card import CARD_FILE, Adapter, Calibration, QuantCard
 
 from .arguments import as_bool, as_dtype, as_execution, as_int, as_text, refuse_unknown
@@ -84,12 +84,17 @@ from .retrieval import (
     matching_tokens,
 )
 from .samples import Sample, prepare, prompt_hash
+from .selector.capture import Positions, PrefillStates, Tokens, question_mask
+from .selector.features import FEATURES_VERSION, Features, FeatureStore, feature_key, rounded
+from .selector.live import emitted, fitting, load_selectors
 from .task_contract import RETRIEVAL, TaskContract
 
 _WINDOW = 4
 """Batches whose samples are sorted by size together, once their images are known."""
 _MIN_PROBE = 4
 """Samples that must all fail alike in the model before the run is given up."""
+_OF_STATES = ("versions", "model", "attention", "processor", "tokenizer")
+"""The settings that hidden states of a prompt depend on, but for rounding."""
 
 
 @dataclass
@@ -98,6 +103,7 @@ class _Encoded:
 
     ``captions``: for retrieval, token ids of the candidates of the batch's one sample.
     ``key``: the batch's in the journal, "" when it does not belong there; ``known``: its answers, found there.
+    ``positions``: of the image's and the question's tokens, where hidden states are wanted.
     """
 
     samples: list[Sample]
@@ -107,6 +113,7 @@ class _Encoded:
     captions: list[list[int]] = field(default_factory=list)
     key: str = ""
     known: list[JournalAnswer] | None = None
+    positions: Positions | None = None
 
 
 @dataclass
@@ -141,6 +148,15 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             library versions, device, batch size, the neighbours in the batch (another ``--limit`` or number of
             processes). Only after an out-of-memory error can a resumed run form batches that the undisturbed one
             would not; its answers are then equal within the tolerance of ``batch_size``.
+        features: keep hidden states of every generated answer that comes in an envelope, for a Selector to be fitted
+            on or applied to: ``features/<model hash>`` in the artifacts folder, 6 bytes per hidden dimension and sample
+            (``selector.features``). They are read off the forward that encodes the prompt. An answer reaches the
+            journal after its features have reached the disk, so a kill costs up to 1,024 samples or two minutes.
+        selector: Selectors of ``bitquake selector fit``: a file, a folder of them, or several joined with ``+``. Each
+            gives one more confidence under its own name to the tasks whose primary confidence it was fitted for, the
+            same that ``bitquake selector apply`` gives afterwards. One that was fitted on another model, or on a
+            picture that is evaluated, is refused; of a folder's, other quantizations' own are left out. With or without
+            ``features``.
         dtype: ``bfloat16`` (default), ``float16`` or ``float32``, of everything that is not quantized.
         device: ``cuda``, ``cuda:1``, ``cpu``; default CUDA where there is one; ``accelerate launch`` sets it.
         device_map: spreads one model over devices (``auto``); not together with ``accelerate launch``.
@@ -174,6 +190,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         base: Any = None,
         artifacts: str | None = None,
         journal: str | None = None,
+        features: Any = False,
+        selector: Any = None,
         dtype: Any = "bfloat16",
         device: str | None = None,
         device_map: str | None = None,
@@ -197,6 +215,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         self._workers = min(4, os.cpu_count() or 1) if workers is None else as_int("workers", workers, minimum=0)
         self._max_new_tokens = None if max_new_tokens is None else as_int("max_new_tokens", max_new_tokens, minimum=1)
         self._use_cache = as_bool("use_cache", use_cache)
+        self._keep_features = as_bool("features", features)
         self.dtype = as_dtype(dtype)
         name, revision, adapter = (
             as_text("pretrained", pretrained),
@@ -214,6 +233,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             key: None if value is None else as_int(key, value, minimum=1)
             for key, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels))
         }
+        chosen = as_text("selector", selector)
+        self._emitters = load_selectors(chosen) if chosen is not None else []
         spec = load_spec(quant)  # before the weights: an unknown name must not cost a download
         device_map = as_text("device_map", device_map)
         self._start_distributed(as_text("device", device), device_map)
@@ -276,13 +297,25 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         self._input_device = model.device if device_map is None else model.get_input_embeddings().weight.device
         self.model_hash, self.card_hash = self.card.model_hash, self.card.content_hash
         self._journal = _open_journal_folder(as_text("journal", journal), self.model_hash)
+        self._artifacts = folder
+        wants_states = self._keep_features or bool(self._emitters)
+        self._states = PrefillStates(model) if wants_states and not self._matching else None
+        if self._states is not None and self._emitters:
+            self._emitters, others = fitting(self._emitters, self.card, self._states.hidden_size)
+            for one in others:
+                eval_logger.info(f"bitquake_hf: {one.file} is another quantization's own Selector, and is left out")
+        self._store: FeatureStore | None = None
         # before any call of the processor, which leaves traces in the tokenizer's own description
-        self._settings_hash = digest(self._settings()) if self._journal is not None else ""
+        settings = self._settings() if self._journal is not None or self._states is not None else {}
+        self._settings_hash = digest(settings)
+        self._states_hash = digest({name: settings.get(name) for name in _OF_STATES})
         self._encode_lock = threading.Lock()
         self._reported: set[str] = set()
         if self.rank == 0:
             store_card(self.card, folder)
             eval_logger.info(self._summary(str(folder)))
+            for one in self._emitters:
+                eval_logger.info(f"bitquake_hf: confidence {one.selector.name!r}: {one.file}, hash {one.file_hash}")
             for reason, n in kernels.items():
                 eval_logger.info(f"bitquake_hf: {n} packed modules are de-quantized at every call: {reason}")
 
@@ -375,7 +408,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
     def _settings(self) -> dict[str, Any]:
         """Everything that decides the answer to a batch and does not come with its samples."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        return {
+        settings = {
             "versions": [__version__, ENVELOPE_VERSION],
             # the card has library versions, execution and device; the model hash the weights, the spec and the adapter
             "model": [self.model_hash, self.card_hash, str(self.dtype), self._input_device.type],
@@ -387,6 +420,9 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             "processor": self.processor.to_json_string(),
             "tokenizer": backend.to_str() if backend is not None else self.tokenizer.get_vocab(),
         }
+        # an entry more, and none less without: journals of before features still hold
+        settings |= {"features": FEATURES_VERSION} if self._keep_features else {}
+        return settings | ({"selectors": [one.file_hash for one in self._emitters]} if self._emitters else {})
 
     # what lmms-eval reads
 
@@ -446,6 +482,10 @@ class BitquakeHF(lmms):  # type: ignore[misc]
 
         with ExitStack() as stack:
             journal = None if self._journal is None else stack.enter_context(Journal(self._journal))
+            held: list[tuple[str, list[JournalAnswer]]] = []  # batches whose features wait for their shard
+            if self._keep_features and self._states is not None:
+                self._store = FeatureStore(self._artifacts, self.model_hash)
+                stack.callback(self._settle, journal, held, always=True)
             bar = stack.enter_context(
                 tqdm(total=len(requests), disable=self.rank != 0, desc="bitquake_hf", unit="sample")
             )
@@ -459,6 +499,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                     self.processor,
                     self.config.model_type,
                     self._calibrated,
+                    find_question=self._states is not None and sample.contract.envelope,
+                    emitters=self._emitters,
                 ),
                 (sample for group in groups for sample in group),
                 loaders,
@@ -476,9 +518,10 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                     device_time += time.perf_counter() - began
                     tokens += sum(response.output_tokens for response in responses)
                     if journal is not None and all(response.sample.error is None for response in responses):
-                        journal.add(
-                            encoded.key, [JournalAnswer(r.text, r.input_tokens, r.output_tokens) for r in responses]
+                        held.append(
+                            (encoded.key, [JournalAnswer(r.text, r.input_tokens, r.output_tokens) for r in responses])
                         )
+                    self._settle(journal, held)
                 for response in responses:
                     sample = response.sample
                     results[sample.index] = GenerationResult(
@@ -499,6 +542,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                 if answered == 0:
                     _refuse_hopeless_run(failures, probe)
 
+        self._log_features()
         if journal is not None:
             self._log_journal(journal, known, len(requests))
         self._log_failures(failures, len(requests))
@@ -516,6 +560,17 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         )
         return cast("list[GenerationResult]", results)
 
+    def _settle(
+        self, journal: Journal | None, held: list[tuple[str, list[JournalAnswer]]], *, always: bool = False
+    ) -> None:
+        """Write what is due: features first, then the journal lines of the answers that they belong to."""
+        if self._store is not None and not self._store.write(always=always):
+            return
+        for key, answers in held:
+            if journal is not None:
+                journal.add(key, answers)
+        held.clear()
+
     def _groups(self, requests: list[Instance]) -> list[list[Sample]]:
         """Requests that may share a batch: same task, same limits; longest text first.
 
@@ -527,6 +582,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             _, doc_to_messages, gen_kwargs, _, task, split = request.args
             if (task, split) not in contracts:
                 contracts[task, split] = self._checked(TaskContract.of(doc_to_messages, task), task)
+                if self._states is not None and not contracts[task, split].envelope:
+                    self._warn_once(f"task {task!r} asks for no envelope: no features and no Selector's confidence")
                 if unknown := GenerationRequest.unknown_keys(gen_kwargs):
                     self._warn_once(f"task {task!r}: generation_kwargs without meaning here are left out: {unknown}")
             limits = GenerationRequest.from_task(gen_kwargs, task, self._max_new_tokens)
@@ -572,13 +629,23 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         """A batch with its answers, where the journal has them, or else ready for the device."""
         if journal is None or samples[0].error is not None:
             return self._encode(samples)
-        key = digest([self._settings_hash, [_identity(sample, requests[sample.index].args) for sample in samples]])
+        identities = [_identity(sample, requests[sample.index].args) for sample in samples]
+        if self._emitters:
+            identities.append([[sample.contract.confidence, sample.question] for sample in samples])
+        key = digest([self._settings_hash, identities])
         known = journal.get(key)
-        if known is not None and len(known) == len(samples):
+        if known is not None and len(known) == len(samples) and self._have_features(known):
             return _Encoded(samples, known=known)
         encoded = self._encode(samples)
         encoded.key = key
         return encoded
+
+    def _have_features(self, answers: list[JournalAnswer]) -> bool:
+        """False where the features of an answer are no longer where they were: it is computed again."""
+        if self._store is None:
+            return True
+        keys = (decode(answer.text).features for answer in answers)
+        return all(key in self._store for key in keys if key)
 
     def _encode(self, samples: list[Sample]) -> _Encoded:
         """The processor's inputs of a batch; runs ahead, in a thread of its own."""
@@ -594,10 +661,31 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             with self._encode_lock:
                 inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt", **special)
                 captions = self._caption_tokens(samples[0]) if samples[0].candidates else []
+                positions = self._positions(samples, inputs)
             sizes = processed_sizes(self.processor, inputs, [sample.image_sizes for sample in samples])
         except Exception as error:  # kept for the main thread, which finds out which sample it is
             return _Encoded(samples, exception=error)
-        return _Encoded(samples, inputs, sizes, captions=captions)
+        return _Encoded(samples, inputs, sizes, captions=captions, positions=positions)
+
+    def _positions(self, samples: list[Sample], inputs: Any) -> Positions | None:
+        """Where the image's and the question's tokens are, in a batch whose hidden states are wanted."""
+        if self._states is None or not samples[0].contract.envelope or samples[0].candidates:
+            return None
+        ids = inputs["input_ids"]
+        image = self._states.image_positions(ids)
+        special = torch.isin(ids, torch.tensor(sorted(self.tokenizer.all_special_ids)))
+        text = inputs["attention_mask"].bool() & ~image & ~special
+        prompts: list[Tokens | None] = [None] * len(samples)
+        if self.tokenizer.is_fast:
+            written = self.tokenizer(
+                [sample.prompt for sample in samples], add_special_tokens=False, return_offsets_mapping=True
+            )
+            prompts = [Tokens(*pair) for pair in zip(written["input_ids"], written["offset_mapping"], strict=True)]
+        rows = [
+            question_mask(row, prompt, sample.question, other)
+            for row, prompt, sample, other in zip(ids.tolist(), prompts, samples, text.tolist(), strict=True)
+        ]
+        return Positions(image, torch.tensor(rows))
 
     def _caption_tokens(self, sample: Sample) -> list[list[int]]:
         if self._matching:
@@ -654,16 +742,22 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         stopping = [StopOnText(self._decoder, request.until, length)] if request.until else None
         config = copy.copy(self._generation_config)
         config.max_new_tokens, config.use_cache = request.max_new_tokens, self._use_cache
-        output = self._model.generate(
-            **inputs,
-            generation_config=config,
-            logits_processor=[recorder] if contract.envelope else None,
-            stopping_criteria=stopping,
-        )
+        with ExitStack() as stack:
+            found: list[Features] = []
+            if self._states is not None and encoded.positions is not None:
+                found = stack.enter_context(self._states.watching(encoded.positions))
+            output = self._model.generate(
+                **inputs,
+                generation_config=config,
+                logits_processor=[recorder] if contract.envelope else None,
+                stopping_criteria=stopping,
+            )
         rows = output[:, length:].tolist()
         input_tokens = inputs["attention_mask"].sum(dim=1).tolist()
         steps = recorder.steps() if contract.envelope else None
         boxes = contract.protocol == "grounding"
+        keys, whole, states = self._keep(samples, found[0]) if found else ([""] * len(samples), [], None)
+        envelopes: dict[int, Envelope] = {}
         responses = []
         for row, (sample, tokens) in enumerate(zip(samples, rows, strict=True)):
             answer = read_answer(self._decoder, tokens, self._eos, request.until, with_ends=boxes)
@@ -680,16 +774,56 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                 )
                 text = self._failed(sample)
             else:
-                text = self._envelope(
+                text = ""
+                envelopes[row] = self._envelope(
                     sample,
                     answer,
                     steps,
                     row,
                     dict(zip(tracked, steps.tracked_log_prob[row], strict=True)),
                     encoded.processed[row],
+                    keys[row],
                 )
             responses.append(_Response(sample, text, int(input_tokens[row]), n_tokens))
+        if states is not None and self._emitters:
+            self._emit(envelopes, whole, states, contract.confidence)
+        for row, envelope in envelopes.items():
+            responses[row].text = envelope.encode()
         return responses
+
+    def _emit(self, envelopes: dict[int, Envelope], whole: list[int], states: Features, primary: str) -> None:
+        """Add the Selectors' confidences to a batch's envelopes; None where a sample has no finite features.
+
+        Args:
+            envelopes: by their row in the batch.
+            whole, states: rows with finite features, and these.
+            primary: the confidence that the task declares.
+        """
+        place = [at for at, row in enumerate(whole) if row in envelopes]
+        answered = [envelopes[whole[at]] for at in place]
+        confidences = [envelope.confidence for envelope in answered]
+        found = emitted(self._emitters, states.rows(place), confidences, primary)
+        for envelope in envelopes.values():
+            envelope.confidence.update(dict.fromkeys(found))
+        for name, values in found.items():
+            for confidence, value in zip(confidences, values, strict=True):
+                confidence[name] = value
+
+    def _keep(self, samples: list[Sample], features: Features) -> tuple[list[str], list[int], Features]:
+        """Hand a batch's features to the store, where they are to be kept.
+
+        Returns:
+            Key of each sample's, "" where they are not kept; rows with finite features; these, rounded as in a store.
+        """
+        whole = [row for row in range(len(samples)) if not any(np.isnan(one[row]).any() for one in features[:3])]
+        if self._store is None:
+            return [""] * len(samples), whole, rounded(features.rows(whole))
+        keys = [
+            feature_key(self.model_hash, self._states_hash, prompt_hash(s.prompt), s.question, s.pixel_hashes)
+            for s in samples
+        ]
+        states = self._store.put([keys[row] for row in whole], features.rows(whole))
+        return [key if row in whole else "" for row, key in enumerate(keys)], whole, states
 
     def _envelope(
         self,
@@ -699,7 +833,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         row: int,
         tracked: dict[int, float],
         processed: list[tuple[int, int]],
-    ) -> str:
+        features: str,
+    ) -> Envelope:
         log_prob: Floats = steps.log_prob[row]
         confidence = answer_confidences(log_prob, answer.n_answer, answer.n_end, float(steps.margin_first[row]))
         options = None
@@ -717,8 +852,9 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             entropy_first=float(steps.entropy_first[row]),
             n_tokens=answer.n_answer + answer.n_end,
             truncated=answer.truncated,
+            features=features,
             **self._seen(sample, processed),
-        ).encode()
+        )
 
     def _seen(self, sample: Sample, processed: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
         """What every envelope says of the model and of what it was shown."""
@@ -829,6 +965,15 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             self._reported.add(sample.origin)
             eval_logger.opt(exception=sample.exception).error(
                 f"bitquake_hf: task {sample.task!r}: a sample failed: {sample.error}"
+            )
+
+    def _log_features(self) -> None:
+        if self._store is not None and self._store.unreadable:
+            names = ", ".join(str(path) for path in self._store.unreadable)
+            eval_logger.warning(f"bitquake_hf: damaged features are left out, and computed again: {names}")
+        if self._store is not None and self._store.clamped:
+            eval_logger.warning(
+                f"bitquake_hf: {self._store.clamped} numbers of the features are beyond float16 and kept as ±65504"
             )
 
     def _log_journal(self, journal: Journal, known: int, total: int) -> None:

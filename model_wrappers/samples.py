@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,12 @@ from bitquake.noise import ImageError, NoiseError, load_rgb, pixel_hash
 from .calibration.overlap import CalibratedOn, document_image_ids, refuse_overlap
 from .generation import GenerationRequest
 from .loading import ONLY_WITH_IMAGE
-from .task_contract import TaskContract
+from .selector.live import Emitter, refuse_fitted
+from .task_contract import Prompt, TaskContract
 
 _IMAGE_ERRORS = (ImageError, OSError, Image.DecompressionBombError)
+_PLACE = "\ue000question\ue001"
+"""Stands for the question in a template: private characters, which nobody writes."""
 
 
 @dataclass
@@ -25,7 +28,8 @@ class Sample:
     """A request on its way through the wrapper.
 
     ``error`` is None or begins with ``image: ``, ``question: `` or ``model: `` (what failed); ``exception`` is what was
-    raised and ``origin`` its type and the line it came from.
+    raised and ``origin`` its type and the line it came from. ``question`` is where the question begins and ends in
+    ``prompt``, in characters; empty where nobody asked or it cannot be told.
     """
 
     index: int
@@ -35,6 +39,7 @@ class Sample:
     letters: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
     prompt: str = ""
+    question: tuple[int, ...] = ()
     images: list[Image.Image] = field(default_factory=list)
     pixel_hashes: list[str] = field(default_factory=list)
     error: str | None = None
@@ -80,6 +85,9 @@ def prepare(
     processor: Any,
     model_type: str,
     calibrated: CalibratedOn | None = None,
+    *,
+    find_question: bool = False,
+    emitters: Sequence[Emitter] = (),
 ) -> Sample:
     """Read the document, build its messages (images are loaded and corrupted there), template the prompt.
 
@@ -91,10 +99,13 @@ def prepare(
         arguments: (ctx, doc_to_messages, gen_kwargs, doc_id, task, split) of the request.
         task_dict: lmms-eval's ``lm.task_dict``.
         calibrated: the pictures that the model was calibrated on; None for a model that was not.
+        find_question: fill ``sample.question``.
+        emitters: Selectors of the run.
 
     Raises:
         NoiseError: the task asks for a noise that does not exist: no sample of it could succeed.
-        OverlapError: the model was calibrated on one of the document's pictures: no result of the task would hold.
+        OverlapError: the model was calibrated, or a Selector fitted, on one of the document's pictures: no result of
+            the task would hold.
     """
     _, doc_to_messages, _, doc_id, task, split = arguments
     try:
@@ -126,13 +137,19 @@ def prepare(
             sample.pixel_hashes.append(pixel_hash(sample.images[-1]))
         conversation = _conversation(chat, sample.contract, model_type)
         sample.prompt = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        if find_question:
+            own = sample.contract.prompts.get(model_type, sample.contract.default_prompt)
+            sample.question = _question_span(processor, conversation, own, sample.prompt)
     except _IMAGE_ERRORS as error:
         sample.fail("image", error)
     except Exception as error:
         sample.fail("model", error)
-    if calibrated is not None:
+    if calibrated is not None or emitters:
         ids = document_image_ids(doc, sample.contract.image_names(doc), sample.pixel_hashes)
-        refuse_overlap(calibrated, ids, f"task {task!r}, document {doc_id}")
+        where = f"task {task!r}, document {doc_id}"
+        if calibrated is not None:
+            refuse_overlap(calibrated, ids, where)
+        refuse_fitted(emitters, ids, where)
     return sample
 
 
@@ -157,3 +174,37 @@ def _conversation(chat: ChatMessages, contract: TaskContract, model_type: str) -
     if last_text is not None:
         last_text["text"] = contract.adapt(last_text["text"], model_type)
     return conversation
+
+
+def _question_span(processor: Any, conversation: list[dict[str, Any]], own: Prompt, prompt: str) -> tuple[int, ...]:
+    """Begin and end in ``prompt`` of the last user text without the prompt around it; () where there is none.
+
+    The template is filled in once more, with a mark in the text's place: the same words may stand elsewhere too.
+    """
+    texts = [part for m in conversation if m["role"] == "user" for part in m["content"] if part["type"] == "text"]
+    if not texts:
+        return ()
+    part, text = texts[-1], texts[-1]["text"]
+    part["text"] = _PLACE
+    try:
+        marked = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    finally:
+        part["text"] = text
+    head, _, tail = marked.partition(_PLACE)
+    begin, end = len(head), len(prompt) - len(tail)
+    if marked.count(_PLACE) != 1 or begin > end or not (prompt.startswith(head) and prompt.endswith(tail)):
+        return ()
+    written = prompt[begin:end]
+    first, last = 0, len(text)
+    if text.startswith(own.pre_prompt) and text.endswith(own.post_prompt):
+        first, last = len(own.pre_prompt), len(text) - len(own.post_prompt)
+    if written.strip() != text.strip() or not text[first:last].strip():  # a template that rewrites its texts, or
+        text, first, last = written, 0, len(written)  # nothing between the prompts: all that stands there
+    core = text[first:last].strip()
+    # a template may trim
+    begin += text.find(core, first) - _lead(text) + _lead(written)
+    return (begin, begin + len(core)) if core else ()
+
+
+def _lead(text: str) -> int:
+    return len(text) - len(text.lstrip())

@@ -6,6 +6,7 @@ models' ``generate`` and crash them, so what only our wrapper understands stands
     metadata:
       bitquake:
         envelope: true                  # answer with an envelope (bitquake.envelope), not with plain text
+        confidence: options             # the task's primary confidence, which Selectors go by; default joint
         protocol: choice                # vqa | choice | grounding | …: which further confidences are wanted; retrieval:
                                         # candidates are scored, nothing is generated
         letters: [A, B, C, D, E]        # choice: option letters, at most
@@ -24,7 +25,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_KEYS = ("envelope", "protocol", "letters", "options_field", "candidates_field", "default_prompt", "prompts")
+_KEYS = (
+    "envelope",
+    "protocol",
+    "confidence",
+    "letters",
+    "options_field",
+    "candidates_field",
+    "default_prompt",
+    "prompts",
+)
 RETRIEVAL = "retrieval"
 _IDS = "bitquake"
 """Column that our tasks add to a document: {sample_id, image_id, ...}."""
@@ -44,6 +54,7 @@ class TaskContract:
 
     envelope: bool = False
     protocol: str | None = None
+    confidence: str = "joint"
     letters: tuple[str, ...] = ()
     options_field: str | None = None
     candidates_field: str | None = None
@@ -82,6 +93,7 @@ class TaskContract:
         return cls(
             envelope=ours.get("envelope") is True,
             protocol=ours.get("protocol"),
+            confidence=str(ours.get("confidence") or "joint"),
             letters=letters,
             options_field=ours.get("options_field"),
             candidates_field=ours.get("candidates_field"),

@@ -1,0 +1,1 @@
+../../bitquake/selector_runs.py
