@@ -1,9 +1,17 @@
-# Two commands: `make demo` and `make test`. Each sets up its own environment (.venv) when there is none.
+# Two commands: `make demo` and `make test`; for the leaderboard `make board-check` and `make board`. Each sets up its own
+# environment (.venv) when there is none; the last two need no torch.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install
+SUBMISSIONS ?= leaderboard/submissions
+BOARDS ?= reliable_vqa block
+# Boards whose reference answers are made here, from data in the package.
+OFFLINE ?= block
+GOLD ?= .gold
+BASE ?=
+
+.PHONY: demo test lint install board board-check
 .DEFAULT_GOAL := test
 
 install: $(VENV)/installed
@@ -25,3 +33,20 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+$(BIN)/bitquake:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[board]"
+
+$(GOLD)/%/built: leaderboard/boards/%.yaml | $(BIN)/bitquake
+	$(BIN)/bitquake leaderboard gold --board $* --out $(GOLD)
+	@touch $@
+
+# BASE=COMMIT also checks that nothing which that commit holds was changed or removed.
+board-check: $(OFFLINE:%=$(GOLD)/%/built)
+	$(BIN)/bitquake leaderboard validate --all --submissions $(SUBMISSIONS) --gold $(GOLD) $(if $(BASE),--base $(BASE))
+
+board: $(OFFLINE:%=$(GOLD)/%/built)
+	@mkdir -p $(SUBMISSIONS)
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} $(BIN)/bitquake leaderboard build \
+	  $(BOARDS:%=--board %) --submissions $(SUBMISSIONS) --gold $(GOLD) --out board

@@ -306,7 +306,13 @@ def describe(found: FoundCard, *, modules: bool = False) -> str:
         ("components", ", ".join(name for name, entry in card.components.items() if entry.n_quantized)),
         ("modules", f"{len(card.modules)} quantized, {changed} changed, {len(card.modules) - changed} unchanged"),
         ("kept", _kept(card.kept)),
-        ("bits/weight", f"{card.nominal_bpw:.3f} nominal, {card.effective_bpw:.3f} with scales and zero-points"),
+        ("origin", "imported, self-declared" if card.self_declared else ""),
+        (
+            "bits/weight",
+            "unknown"
+            if card.self_declared
+            else f"{card.nominal_bpw:.3f} nominal, {card.effective_bpw:.3f} with scales and zero-points",
+        ),
         ("execution", _execution(found)),
         ("kernel", card.kernel),
         ("calibration", _calibration(card)),

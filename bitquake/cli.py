@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitquake import __version__
+from bitquake.leaderboard_command import add_parser as add_leaderboard
 
 EXIT_OK, EXIT_PROBLEM, EXIT_USAGE = 0, 1, 2
 
@@ -31,6 +32,51 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--common-samples", action="store_true", help="compare runs of different sample sets on what they share"
     )
+
+    gate = commands.add_parser("gate", help="may this candidate replace that baseline? exit 0 pass, 1 fail, 2 unknown")
+    gate.add_argument("--candidate", nargs="+", type=Path, required=True, metavar="RUN", help="its runs' folders")
+    gate.add_argument("--baseline", nargs="+", type=Path, default=[], metavar="RUN", help="what it is compared with")
+    gate.add_argument("--rules", type=Path, required=True, metavar="FILE", help="YAML; see examples/gate.yaml")
+    gate.add_argument("--junit", type=Path, metavar="FILE", help="write the verdict as JUnit XML too")
+    gate.add_argument("--json", type=Path, metavar="FILE", help="write it as JSON, with all numbers")
+    gate.add_argument("--artifacts", type=Path, help="folder with quant cards (default: the runs' own, then the cache)")
+    gate.add_argument("--replicates", type=int, default=2000, help="bootstrap replicates (default 2000)")
+    gate.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
+    gate.add_argument("--common-samples", action="store_true", help="compare on the samples that both runs hold")
+
+    records = commands.add_parser("records", help="answers of any engine as runs that report and gate read")
+    actions = records.add_subparsers(dest="action", required=True, metavar="ACTION")
+    taken = actions.add_parser("import", help="score (sample id, answer, confidence) tables and write them as a run")
+    taken.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".csv, .tsv, .jsonl or .parquet")
+    taken.add_argument("--task", required=True, help="the task that was answered; with --scored any name")
+    taken.add_argument("--model", required=True, metavar="NAME", help="what ran: a hub name, say")
+    taken.add_argument("--quantization", default="", metavar="NAME", help="how it was quantized (default: it was not)")
+    taken.add_argument(
+        "--twin", default="", metavar="NAME", help="its full-precision model, if --model is another name"
+    )
+    taken.add_argument("--engine", default="", metavar="NAME[=VERSION]", help="what ran it, such as vllm=0.11.0")
+    taken.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for imported runs")
+    taken.add_argument("--id-column", default="id", metavar="COLUMN", help="(default: %(default)s)")
+    taken.add_argument("--answer-column", default="answer", metavar="COLUMN", help="(default: %(default)s)")
+    taken.add_argument(
+        "--confidence-column",
+        action="append",
+        default=[],
+        metavar="[NAME=]COLUMN",
+        help="may be repeated; without NAME it is the task's primary confidence (default: confidence)",
+    )
+    taken.add_argument("--log-probability", action="store_true", help="these columns hold log-probabilities")
+    taken.add_argument("--allow-missing-confidence", action="store_true", help="take answers that have none")
+    taken.add_argument("--missing-as-failures", action="store_true", help="samples without an answer score 0")
+    taken.add_argument("--limit", type=int, metavar="N", help="only the task's first N samples were asked")
+    taken.add_argument("--model-type", default="", help="architecture, as qwen2_vl: it decides how boxes are read")
+    taken.add_argument("--scored", action="store_true", help="the table brings its scores; no dataset is needed")
+    taken.add_argument("--score-column", default="score", metavar="COLUMN", help="with --scored (default: %(default)s)")
+    taken.add_argument(
+        "--image-column", default="image_id", metavar="COLUMN", help="with --scored: what shares it, counts as one draw"
+    )
+    taken.add_argument("--expected", type=int, metavar="N", help="with --scored: how many samples there should be")
+    taken.add_argument("--shift-from", default="", metavar="TASK", help="with --scored: the task in distribution")
 
     tasks = commands.add_parser("tasks", help="the tasks that Bitquake adds to lmms-eval, and new ones")
     actions = tasks.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -105,6 +151,37 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--artifacts", type=Path, help="folder with quant cards (default: the runs' own, then the cache)")
     card.add_argument("--unchecked", action="store_true", help="of a checkpoint: show the card without reading tensors")
 
+    selector = commands.add_parser("selector", help="a learned confidence: fit it on dev runs, add it to other runs")
+    actions = selector.add_subparsers(dest="action", required=True, metavar="ACTION")
+    fitted = actions.add_parser("fit", help="from runs of *_dev tasks with features=true; writes one file")
+    fitted.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN",
+        help="output folders of lmms-eval: one quantization, the full-precision model, or several for a mixture",
+    )  # fmt: skip
+    fitted.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write (.safetensors)")
+    fitted.add_argument(
+        "--name", metavar="NAME",
+        help="selector (default for one quantization), selector_transfer (for full precision) or selector_mixture (for "
+        "several)",
+    )  # fmt: skip
+    fitted.add_argument("--target", choices=("score", "iou"), default="score", help="(default: %(default)s)")
+    fitted.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="only these (default: all *_dev tasks)")
+    fitted.add_argument("--allow-task", action="store_true", help="let --tasks name others than *_dev tasks")
+    fitted.add_argument("--limit", type=int, metavar="N", help="samples to fit on, whole pictures (default: all)")
+    fitted.add_argument("--project", type=int, metavar="K", help="random projection of the states to K numbers")
+    fitted.add_argument("--folds", type=int, default=5, metavar="N", help="parts of the pictures (default 5)")
+    fitted.add_argument("--epochs", type=int, default=12, metavar="N", help="(default 12)")
+    fitted.add_argument("--hidden", type=int, default=256, metavar="N", help="units of a layer (default 256)")
+    fitted.add_argument("--seed", type=int, default=0, help="(default 0)")
+    applied = actions.add_parser("apply", help="copy runs with the confidence added to each record")
+    applied.add_argument(
+        "paths", nargs="+", type=Path, metavar="SELECTOR... RUN...",
+        help="files of `selector fit`, then output folders of lmms-eval that have features",
+    )  # fmt: skip
+    applied.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the copies")
+    for action in (fitted, applied):
+        action.add_argument("--artifacts", type=Path, help="folder with the features (default: the runs' own)")
+
     quants = commands.add_parser("quants", help="the quantizations that quant=NAME accepts")
     actions = quants.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="all named specs")
@@ -131,6 +208,8 @@ def _parser() -> argparse.ArgumentParser:
     sheet.add_argument("--noises", nargs="+", help="noises or groups (default: all)")
     sheet.add_argument("--question", help="what the text noises are shown on")
     sheet.add_argument("--width", type=int, default=1280, help="pixels (default 1280)")
+
+    add_leaderboard(commands)
 
     commands.add_parser("doctor", help="versions, devices, backends: what works here and what does not")
 
@@ -190,6 +269,53 @@ def _report(options: argparse.Namespace) -> int:
         print(problem, file=sys.stderr)
     print(result.index)
     return EXIT_OK if result.ok else EXIT_PROBLEM
+
+
+def _gate(options: argparse.Namespace) -> int:
+    from bitquake.gate_command import gate
+    from bitquake.reports.gate import verdict_text
+
+    result = gate(
+        options.candidate,
+        options.baseline,
+        options.rules,
+        junit=options.junit,
+        json_file=options.json,
+        artifacts=options.artifacts,
+        common_samples=options.common_samples,
+        replicates=options.replicates,
+        seed=options.seed,
+    )
+    print(verdict_text(result))
+    return result.exit_code
+
+
+def _records(options: argparse.Namespace) -> int:
+    from bitquake.records_command import Declared, ImportOptions, confidence_columns, import_records, summary
+
+    done = import_records(
+        options.files,
+        options.task,
+        Declared(options.model, options.quantization, options.twin, options.engine),
+        options.out,
+        ImportOptions(
+            id_column=options.id_column,
+            answer_column=options.answer_column,
+            score_column=options.score_column,
+            image_column=options.image_column,
+            confidences=confidence_columns(options.confidence_column),
+            log_probability=options.log_probability,
+            allow_missing_confidence=options.allow_missing_confidence,
+            missing_as_failures=options.missing_as_failures,
+            scored=options.scored,
+            limit=options.limit,
+            expected=options.expected,
+            shift_from=options.shift_from,
+            model_type=options.model_type,
+        ),
+    )
+    print(summary(done))
+    return EXIT_OK if done.complete else EXIT_PROBLEM
 
 
 def _tasks(options: argparse.Namespace) -> int:
@@ -370,6 +496,41 @@ def _card(options: argparse.Namespace) -> int:
     return EXIT_OK if whole else EXIT_PROBLEM
 
 
+def _selector(options: argparse.Namespace) -> int:
+    from bitquake import selector_command
+
+    if options.action == "apply":
+        files = [path for path in options.paths if not path.is_dir()]
+        runs = [path for path in options.paths if path.is_dir()]
+        if not files or not runs:
+            what = "a file of `bitquake selector fit`" if not files else "the output folder of a run"
+            raise ValueError(f"apply: {what} is missing; give SELECTOR files and RUN folders")
+        done = selector_command.apply(files, runs, options.out, artifacts=options.artifacts)
+        print(selector_command.apply_summary(done, options.out))
+        return EXIT_OK
+    from bitquake.model_wrappers.selector.training import Options
+
+    result = selector_command.fit(
+        options.runs,
+        options.out,
+        Options(
+            seed=options.seed,
+            folds=options.folds,
+            epochs=options.epochs,
+            projection=options.project,
+            limit=options.limit,
+            hidden=options.hidden,
+        ),
+        name=options.name,
+        target=options.target,
+        tasks=options.tasks,
+        artifacts=options.artifacts,
+        allow_task=options.allow_task,
+    )
+    print(selector_command.fit_summary(result))
+    return EXIT_OK
+
+
 def _quants(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
@@ -439,6 +600,12 @@ def _severities(written: Sequence[str]) -> list[int]:
     return [int(text) for text in dict.fromkeys(written)]
 
 
+def _leaderboard(options: argparse.Namespace) -> int:
+    from bitquake import leaderboard_command
+
+    return leaderboard_command.run(options)
+
+
 def _doctor(_: argparse.Namespace) -> int:
     from bitquake import doctor
 
@@ -469,13 +636,17 @@ def _train(options: argparse.Namespace) -> int:
 
 _COMMANDS = {
     "report": _report,
+    "gate": _gate,
+    "records": _records,
     "tasks": _tasks,
     "config": _config,
     "data": _data,
     "quantize": _quantize,
     "card": _card,
+    "selector": _selector,
     "quants": _quants,
     "noise": _noise,
+    "leaderboard": _leaderboard,
     "doctor": _doctor,
     "demo": _demo,
     "train-reference": _train,

@@ -1,4 +1,4 @@
-"""``bitquake demo``: quantize the reference model, evaluate it in noise through lmms-eval, compare, render."""
+"""``bitquake demo``: quantize the reference model, evaluate it in noise through lmms-eval, report, build a board."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitquake import __version__
+
+if TYPE_CHECKING:
+    from bitquake.leaderboard.site import SiteResult
 
 PRETRAINED = "bitquake/block-idefics3"
 QUANTS = ("full-precision", "rtn-int8-g64", "rtn-int4-g64", "rtn-int3-g64")
@@ -29,6 +33,7 @@ TASKS = (
     "block_scienceqa_clean",
     "block_coco_caption_clean",
 )
+BOARD, ORGANISATION = "demo", "bitquake"
 _PROGRESS = re.compile(rb"(\d+)/(\d+) \[")
 _DONE = "complete.json"
 
@@ -95,11 +100,42 @@ def _share_done(log: Path) -> float:
     return int(found[-1][0]) / max(1, int(found[-1][1])) if found else 0.0
 
 
+def build_board(out: Path, limit: int) -> SiteResult:
+    """Make submissions of the finished runs, the gold files they are scored against, and the board ``out/board``.
+
+    The board is the package's own ``demo`` with ``limit`` samples of each task, its gold hashes pinned from what is
+    built here. Earlier submissions of this demo are replaced: nobody has published them.
+    """
+    from bitquake.leaderboard.boards import load_board
+    from bitquake.leaderboard.site import build_site
+    from bitquake.leaderboard.submit import submit
+    from bitquake.tasks.gold import build_gold
+
+    boards = out / "boards"
+    boards.mkdir(exist_ok=True)
+    shipped = load_board(BOARD)
+    tasks = [
+        {"task": task.task, "n": limit, "gold": build_gold(task.task, out / "gold", limit).sha256}
+        for task in shipped.tasks
+    ]
+    # JSON is YAML too.
+    text = json.dumps({**shipped.model_dump(mode="json"), "tasks": tasks}, indent=1)
+    (boards / f"{BOARD}.yaml").write_text(text, encoding="utf-8")
+    board = load_board(BOARD, boards)
+    shutil.rmtree(out / "submissions", ignore_errors=True)
+    runs = [out / "runs" / quant for quant in QUANTS]
+    submit(runs, board, ORGANISATION, out / "submissions", artifacts=out / "artifacts")
+    return build_site(
+        [board], out / "submissions", out / "gold", out / "board", boards_folder=boards, cache_folder=out / "cache"
+    )
+
+
 def run(out: Path, *, limit: int = 1000, jobs: int | None = None) -> int:
-    """Evaluate every quantization (one process each), then write ``out/site``; prints the page's path last.
+    """Evaluate every quantization (one process each), then write the report ``out/site`` and the leaderboard
+    ``out/board``, whose path is printed last.
 
     Finished models of an interrupted demo are kept, and so are the answers of the others so far. Returns 0 when every
-    run is complete and the page is written, 1 otherwise (the reasons are printed).
+    run is complete and both are written, 1 otherwise (the reasons are printed).
 
     Raises:
         ValueError: ``limit`` or ``jobs`` is not positive, or ``limit`` exceeds the smallest task's samples.
@@ -147,6 +183,15 @@ def run(out: Path, *, limit: int = 1000, jobs: int | None = None) -> int:
     print(result.table)
     for problem in result.problems:
         print(problem)
+    complete = result.ok and result.n_pairs == len(QUANTS) - 1
+    print(f"report: {result.index.resolve()}", flush=True)
+    if not complete:
+        print("no leaderboard: a submission answers every sample, and not every run did")
+        return 1
+    print("building the leaderboard: reference answers, submissions, every figure from the answers", flush=True)
+    board = build_board(out, limit)
+    for name, reasons in board.refused:
+        print(f"{name} refused: {'; '.join(reasons)}")
     print(f"{time.monotonic() - began:.0f} seconds")
-    print(result.index.resolve())
-    return 0 if result.ok and result.n_pairs == len(QUANTS) - 1 else 1
+    print(board.index.resolve())
+    return 0 if board.n_rows == len(QUANTS) else 1

@@ -90,6 +90,7 @@ class Adapter(BaseModel):
 class QuantCard(BaseModel):
     """The quant card of one loaded model; a full-precision model has one too (``method: none``).
 
+    ``execution``: ``unknown`` of a model that was not loaded here, see ``self_declared``.
     ``nominal_bpw``: (sum of bits x weights over quantized modules + stored bits of everything else) / all parameters.
     ``effective_bpw``: the same with scales and zeros counted. ``weights_hash``: blake2 over every parameter and
     persistent buffer of the model as it computes (de-quantized), in name order.
@@ -107,7 +108,7 @@ class QuantCard(BaseModel):
     spec_name: str
     spec: dict[str, Any] = Field(default_factory=dict)
     method: str
-    execution: Literal["full-precision", "simulated", "packed"]
+    execution: Literal["full-precision", "simulated", "packed", "unknown"]
     kernel: str
     modules: list[ModuleEntry] = Field(default_factory=list)
     kept: dict[str, str] = Field(default_factory=dict)
@@ -124,6 +125,9 @@ class QuantCard(BaseModel):
     """Class of the image processor: backends differ in how they resize."""
     libraries: dict[str, str] = Field(default_factory=dict)
     device: str = ""
+    self_declared: bool = False
+    """What somebody says of a model that answered elsewhere (``bitquake records import``): nothing in such a card was
+    read from tensors, its widths are 0 (unknown), and it never pairs with a card that was."""
 
     @property
     def subject(self) -> str:
@@ -132,7 +136,38 @@ class QuantCard(BaseModel):
 
     def to_json(self) -> str:
         """Canonical JSON: equal cards give equal bytes."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        # Cards that were read from tensors keep the bytes, and so the hash, that they had before there were others.
+        left_out = set() if self.self_declared else {"self_declared"}
+        return json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def declared(cls, model: str, quantization: str = "", *, twin: str = "", libraries: dict[str, str]) -> QuantCard:
+        """The card of a model that answered elsewhere, as whoever imports its answers declares it.
+
+        Args:
+            model: what ran.
+            quantization: how it was quantized; "": at full precision.
+            twin: the full-precision model that it was made from, where ``model`` is another name.
+            libraries: what ran it: name -> version.
+        """
+        name = quantization or "full-precision"
+        return cls(
+            pretrained=model,
+            base=twin,
+            architecture="undeclared",
+            dtype="undeclared",
+            spec_name=name,
+            spec={"method": "imported", "name": name, "model": model},
+            method="imported" if quantization else "none",
+            execution="unknown" if quantization else "full-precision",
+            kernel="unknown",
+            components={},
+            nominal_bpw=0.0,
+            effective_bpw=0.0,
+            weights_hash="",
+            libraries=libraries,
+            self_declared=True,
+        )
 
     @property
     def content_hash(self) -> str:

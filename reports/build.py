@@ -11,11 +11,13 @@ from pathlib import Path
 from bitquake import __version__
 from bitquake.metrics import METRICS
 from bitquake.reports import exports
-from bitquake.reports.comparison import LEVEL, compare_groups
+from bitquake.reports.comparison import compare_groups
+from bitquake.reports.entries import LEVEL
 from bitquake.reports.formatting import clean_text
 from bitquake.reports.pages import render_pages
 from bitquake.reports.pairing import pair_runs
 from bitquake.reports.problems import Problem, ReportError
+from bitquake.reports.reliability_csv import to_reliability_csv
 from bitquake.reports.runs import Inputs, read_runs
 from bitquake.reports.schema import InputEntry, MetricEntry, ProblemEntry, Report, Settings
 from bitquake.reports.site import check_replaceable, write_site
@@ -111,6 +113,10 @@ def build(
         runs=numbers.runs,
         cells=numbers.cells,
         summaries=numbers.summaries,
+        transfers=numbers.transfers,
+        interactions=numbers.interactions,
+        robustness=numbers.robustness,
+        mixtures=numbers.mixtures,
         problems=[ProblemEntry(level=p.level, where=p.where, what=p.what, fix=p.fix) for p in problems],
         inputs=files,
         inputs_digest=_digest(inputs),
@@ -120,6 +126,7 @@ def build(
     pages["report.json"] = exports.to_json(report).encode()
     pages["report.schema.json"] = exports.json_schema().encode()
     pages["report.csv"] = exports.to_csv(report).encode()
+    pages["reliability.csv"] = to_reliability_csv(report).encode()
     pages["style.css"] = resources.files("bitquake.reports").joinpath("static/style.css").read_bytes()
     write_site(out, pages)
     return ReportResult(exports.terminal_table(report), out / "index.html", report, problems)

@@ -17,7 +17,7 @@ def card_entry(card: QuantCard) -> CardEntry:
     components = {name: entry.model_dump() for name, entry in sorted(card.components.items())}
     n_parameters = sum(entry.n_parameters for entry in card.components.values())
     n_quantized = sum(entry.n_quantized for entry in card.components.values())
-    measured = card.execution != "simulated"
+    measured = card.execution != "simulated" and not card.self_declared
     modules = [_module(module) for module in card.modules]
     return CardEntry(
         pretrained=public_name(card.pretrained),
@@ -33,10 +33,11 @@ def card_entry(card: QuantCard) -> CardEntry:
         spec=_flat({key: value for key, value in card.spec.items() if key != "method"}),
         method=card.method,
         execution=card.execution,
+        self_declared=card.self_declared,
         kernel=card.kernel,
         device=card.device,
-        nominal_bpw=card.nominal_bpw,
-        effective_bpw=card.effective_bpw,
+        nominal_bpw=None if card.self_declared else card.nominal_bpw,
+        effective_bpw=None if card.self_declared else card.effective_bpw,
         bits=_span({str(module.bits) for module in modules}),
         group_size=_span({module.group for module in modules}),
         n_quantized_modules=len(modules),

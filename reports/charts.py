@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
@@ -20,7 +20,7 @@ N_STYLES = 8
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 12, 12, 38
 _DASHES = ("", "", "7 3", "2 3", "9 3 2 3", "5 2", "1 2", "12 4")
 _SETTLED = 0.05
-_RISKS = (0.01, 0.05, 0.10, 0.20)
+TOLERATED = (0.01, 0.05, 0.10, 0.20)
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,103 @@ class _Frame:
         return HEIGHT - self.bottom - (value - self.y0) / (self.y1 - self.y0) * (HEIGHT - _TOP - self.bottom)
 
 
-def severity_chart(title: str, description: str, y_label: str, lines: Sequence[Line], scale: float = 100.0) -> Markup:
-    """Values (times ``scale``) against severity, with interval bars; severity 0 is the clean task."""
+def severity_chart(
+    title: str,
+    description: str,
+    y_label: str,
+    lines: Sequence[Line],
+    scale: float = 100.0,
+    *,
+    target: float | None = None,
+) -> Markup:
+    """Values (times ``scale``) against severity, with interval bars; severity 0 is the clean task.
+
+    target: a tolerated value, drawn as a dotted line (before scaling).
+    """
+    xs = sorted({point.x for line in lines for point in line.points})
+    ticks = [(x, "clean" if x == 0 else f"{x:g}") for x in xs]
+    ends = (xs[0] - 0.4, max(xs[-1], xs[0] + 1) + 0.4)
+    return _line_chart(title, description, ("severity", y_label), lines, ends, ticks, scale, target=target)
+
+
+def mixture_chart(
+    title: str,
+    description: str,
+    y_label: str,
+    lines: Sequence[Line],
+    scale: float = 100.0,
+    *,
+    target: float | None = None,
+) -> Markup:
+    """Values (times ``scale``) against the share of shifted questions (``Point.x``, 0 to 1), with interval bars."""
+    lines = [Line(line.name, line.style, [replace(p, x=100 * p.x) for p in line.points]) for line in lines]
+    ticks = [(float(x), f"{x}") for x in range(0, 101, 25)]
+    x_label = "share of shifted questions, %"
+    return _line_chart(title, description, (x_label, y_label), lines, (-4, 104), ticks, scale, target=target)
+
+
+def category_chart(
+    title: str,
+    description: str,
+    y_label: str,
+    lines: Sequence[Line],
+    names: Sequence[str],
+    scale: float = 100.0,
+    *,
+    x_label: str = "",
+    target: float | None = None,
+) -> Markup:
+    """Values (times ``scale``) of named things (``Point.x``: place in ``names``) side by side, with interval bars."""
+    ticks = [(float(i), clean_text(name, 14 if len(names) < 6 else 8)) for i, name in enumerate(names)]
+    ends = (-0.5, max(len(names), 2) - 0.5)
+    return _line_chart(title, description, (x_label, y_label), lines, ends, ticks, scale, target=target, joined=False)
+
+
+def _line_chart(
+    title: str,
+    description: str,
+    labels: tuple[str, str],
+    lines: Sequence[Line],
+    ends: tuple[float, float],
+    x_ticks: Sequence[tuple[float, str]],
+    scale: float,
+    *,
+    target: float | None = None,
+    joined: bool = True,
+) -> Markup:
     points = [point for line in lines for point in line.points]
-    xs = sorted({point.x for point in points})
     low, high = min(p.lo for p in points) * scale, max(p.hi for p in points) * scale
+    if target is not None:
+        low, high = min(low, target * scale), max(high, target * scale)
     ticks = _ticks(low, high)
-    frame = _Frame(xs[0] - 0.4, max(xs[-1], xs[0] + 1) + 0.4, ticks[0], ticks[-1])
-    parts = _axes(frame, ticks, [(x, "clean" if x == 0 else f"{x:g}") for x in xs], y_label, "severity")
+    frame = _Frame(*ends, ticks[0], ticks[-1])
+    parts = _axes(frame, ticks, x_ticks, labels[1], labels[0])
+    if target is not None:
+        y = frame.y(target * scale)
+        parts.append(_segment(_LEFT, y, WIDTH - _RIGHT, y, "limit"))
+        parts.append(_text(WIDTH - _RIGHT, y - 3.5, "tolerated", "end"))
+    step = 5.0 if joined else 9.0
+    width = 24 if joined else 0.6 * (WIDTH - _LEFT - _RIGHT) / (frame.x1 - frame.x0)
     for position, line in enumerate(lines):
-        shift = (position - (len(lines) - 1) / 2) * min(5.0, 24 / max(1, len(lines)))
+        shift = (position - (len(lines) - 1) / 2) * min(step, width / max(1, len(lines)))
         xy = [(frame.x(p.x) + shift, frame.y(p.y * scale)) for p in line.points]
         for (x, _), p in zip(xy, line.points, strict=True):
             parts.append(_bar(x, frame.y(p.lo * scale), frame.y(p.hi * scale), line.style))
-        parts.append(_path(xy, line.style))
+        if joined:
+            parts.append(_path(xy, line.style))
         parts += [marker(x, y, line.style) for x, y in xy]
     return _svg(title, description, parts)
 
 
 def risk_coverage_chart(
-    title: str, description: str, curves: Sequence[tuple[str, int, Sequence[CurvePoint]]]
+    title: str,
+    description: str,
+    curves: Sequence[tuple[str, int, Sequence[CurvePoint]]],
+    marks: Sequence[tuple[int, float, float]] = (),
 ) -> Markup:
     """Risk against coverage, in percent, with the tolerated risks as dotted lines; curves are (name, style, points).
 
+    marks: (style, coverage, risk), a ring each: the largest coverage (C@R) that a curve reaches at a tolerated risk.
     A risk above the frame (at a coverage below 5 %) is drawn at its upper edge.
     """
     # The risk of the first few answers swings between 0 and 100 %; it must not flatten the rest of the curve.
@@ -90,7 +164,7 @@ def risk_coverage_chart(
     ticks = _ticks(0.0, max(highest, 1.0))
     frame = _Frame(0, 100, ticks[0], ticks[-1])
     parts = _axes(frame, ticks, [(x, f"{x}") for x in range(0, 101, 20)], "risk, %", "coverage, %")
-    for risk in _RISKS:
+    for risk in TOLERATED:
         if risk * 100 < frame.y1:
             parts.append(_segment(_LEFT, frame.y(risk * 100), WIDTH - _RIGHT, frame.y(risk * 100), "target"))
     for position, (_, style, points) in enumerate(curves):
@@ -99,6 +173,10 @@ def risk_coverage_chart(
         # Markers apart from those of the other curves, so that shapes stay readable where curves run together.
         start, step = 6 + 4 * position, max(1, len(placed) // 5)
         parts += [marker(x, y, style) for x, y in placed[start::step]]
+    for style, coverage, risk in marks:
+        if risk * 100 < frame.y1:
+            place = f'cx="{frame.x(coverage * 100):.1f}" cy="{frame.y(risk * 100):.1f}"'
+            parts.append(f'<circle class="ring s{style % N_STYLES}" {place} r="5"/>')
     return _svg(title, description, parts)
 
 

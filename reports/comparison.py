@@ -14,45 +14,40 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from bitquake.metrics import (
-    METRICS,
-    Estimate,
-    Metric,
-    Samples,
-    expected_ece_if_calibrated,
-    ranking_caution,
-    reliability_bins,
-    risk_coverage_curve,
-)
-from bitquake.metrics.bootstrap import Run as Resampling
-from bitquake.metrics.bootstrap import cluster_draws, interval, replicate
-from bitquake.metrics.calibration import bin_index
+from bitquake.metrics import METRICS, Estimate, expected_ece_if_calibrated, interval, replicate
+from bitquake.metrics import Run as Resampling
 from bitquake.metrics.samples import FloatArray, OrderedSamples
 from bitquake.noise import image_noises, text_noises
-from bitquake.reports import scores
+from bitquake.reports import flips, scores
 from bitquake.reports.cards import card_entry
+from bitquake.reports.conditions import Conditions
+from bitquake.reports.confidences import confidence_entries
+from bitquake.reports.diagrams import BINS, curve_points, reliability_diagram
+from bitquake.reports.entries import LEVEL, difference_entry, estimate_entry
+from bitquake.reports.evaluation import Splits, evaluate_runs, fitting_splits, samples_of
+from bitquake.reports.interactions import interaction_entries
+from bitquake.reports.mixtures import mixture_entries
 from bitquake.reports.pairing import Group, quantization_name, run_name
 from bitquake.reports.problems import Problem
+from bitquake.reports.recalibration import Maps, recalibrated_entries
+from bitquake.reports.robustness import robustness_entries
 from bitquake.reports.runs import Cell, Run, public_name
 from bitquake.reports.schema import (
-    BinEntry,
     CellEntry,
-    CurvePoint,
-    DifferenceEntry,
-    Effect,
+    InteractionEntry,
+    MixtureEntry,
+    RobustnessEntry,
     RunEntry,
     ScoreEntry,
     SummaryEntry,
+    TransferEntry,
     ValueEntry,
 )
+from bitquake.reports.transfer import Fitted, transfer_entries
 
-LEVEL = 0.95
-BINS = 15
-CURVE_POINTS = 100
 SUMMARY_METRICS = ("accuracy", "aurc", "ece_15")
 PARSE_FAILURES = ""
 """Stands beside the names of further scores, none of which is empty."""
-_DRAWS_AT_ONCE = 2**21
 
 
 @dataclass
@@ -62,6 +57,10 @@ class Numbers:
     runs: list[RunEntry] = field(default_factory=list)
     cells: list[CellEntry] = field(default_factory=list)
     summaries: list[SummaryEntry] = field(default_factory=list)
+    transfers: list[TransferEntry] = field(default_factory=list)
+    interactions: list[InteractionEntry] = field(default_factory=list)
+    robustness: list[RobustnessEntry] = field(default_factory=list)
+    mixtures: list[MixtureEntry] = field(default_factory=list)
     scores: dict[str, ScoreEntry] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
@@ -83,6 +82,7 @@ def compare_groups(
     numbers = Numbers()
     for group in groups:
         _compare_group(group, numbers, replicates, seed, progress)
+    flips.adjust(numbers.cells)
     return numbers
 
 
@@ -96,7 +96,12 @@ def _compare_group(
     group: Group, numbers: Numbers, replicates: int, seed: int, progress: Callable[[str], None] | None
 ) -> None:
     entries: list[CellEntry] = []
+    transfers: list[TransferEntry] = []
     conditions: dict[tuple[str, str], dict[str, _Condition]] = {}
+    kept = Conditions(replicates, seed)
+    fitted, maps, splits = Fitted(replicates, seed), Maps(), Splits()
+    twin = group.twin.key if group.twin else ""
+    ids = {run.key: run_id(run) for run in group.runs}
     for task, cells in group.cells.items():
         first = next(iter(cells.values()))
         if first.is_threshold:
@@ -109,13 +114,32 @@ def _compare_group(
         alone = [run for run in group.runs if run.key in cells and run not in paired]
         for runs in ([paired] if paired else []) + [[run] for run in alone]:
             chosen = {run.key: cells[run.key] for run in runs}
-            fitting, notes = _thresholds(group, chosen, numbers.problems)
-            values, condition = _evaluate(chosen, fitting, notes, replicates, seed)
+            fitting, notes = fitting_splits(group, chosen, numbers.problems)
+            samples = {key: samples_of(cell) for key, cell in chosen.items()}
+            values, evaluation = evaluate_runs(
+                samples, splits.of(fitting), notes, twin=twin, replicates=replicates, seed=seed
+            )
             further = _evaluate_scores(chosen, numbers.scores, replicates, seed)
+            confidences = confidence_entries(
+                chosen, fitting, notes, evaluation, splits, twin=twin, replicates=replicates, seed=seed
+            )
+            recalibrated = recalibrated_entries(
+                chosen, fitting, evaluation, maps, twin=twin, replicates=replicates, seed=seed
+            )
+            flipped = flips.flip_entries(chosen, twin=twin, replicates=replicates, seed=seed)
+            transfers += transfer_entries(chosen, fitting, ids, fitted, twin=twin)
             for run in runs:
-                cell = cells[run.key]
-                entries.append(_cell_entry(group, run, cell, values[run.key], further[run.key], replicates, seed))
-            if len(runs) > 1 and condition is not None and not _repeats_subset(first, group):
+                entry = _cell_entry(group, run, cells[run.key], values[run.key], further[run.key], replicates, seed)
+                entry.confidences = confidences[run.key]
+                entry.recalibrated = recalibrated[run.key]
+                entry.flips = flipped.get(run.key)
+                entries.append(entry)
+            if twin in chosen:
+                kept.add(task, chosen, evaluation)
+            if len(runs) > 1 and not _repeats_subset(first, group):
+                few = evaluation.only(SUMMARY_METRICS)
+                delta, spread = few.values[1:] - few.values[:1], few.draws[1:] - few.draws[:1]
+                condition = _Condition(few.keys[1:], delta, spread, few.n_clusters)
                 conditions.setdefault((first.world, first.family), {})[task] = condition
     summaries = [
         summary
@@ -127,6 +151,15 @@ def _compare_group(
     position = {run_id(run): index for index, run in enumerate(order)}
     numbers.cells += sorted(entries, key=lambda cell: (cell.world, cell.family, cell.task, position[cell.run]))
     numbers.summaries += sorted(summaries, key=lambda s: (s.world, s.family, position[s.run]))
+    numbers.transfers += sorted(transfers, key=lambda t: (t.task, position[t.run]))  # stable: confidences, risks
+    if len(group.runs) > 1 and progress:
+        progress(f"{group.runs[0].label}: noises and shifts together")
+    interactions = interaction_entries(kept, ids, twin=twin)
+    numbers.interactions += sorted(interactions, key=lambda i: (i.world, i.family, position[i.run], i.kind, i.task))
+    robustness = robustness_entries(kept, ids, twin=twin)
+    numbers.robustness += sorted(robustness, key=lambda r: (r.world, r.family, position[r.run], r.noise))
+    mixtures = mixture_entries(kept, group, fitted, ids, twin=twin)
+    numbers.mixtures += sorted(mixtures, key=lambda m: (m.id_task, m.ood_task, position[m.run]))
 
 
 def _repeats_subset(cell: Cell, group: Group) -> bool:
@@ -145,82 +178,6 @@ def _order(group: Group, summaries: Sequence[SummaryEntry]) -> list[Run]:
         return (float(np.mean(aurc or accuracy)) if aurc or accuracy else np.inf, -bits)
 
     return sorted(group.runs, key=lambda run: (run is not group.twin, *loss(run)))
-
-
-def _samples(cell: Cell) -> Samples:
-    answers = cell.answers.values()
-    return Samples(
-        np.array([answer.score for answer in answers], dtype=np.float64),
-        np.array([np.nan if a.confidence is None else a.confidence for a in answers], dtype=np.float64),
-        np.array([answer.image_id for answer in answers], dtype=str),
-    )
-
-
-def _thresholds(
-    group: Group, cells: Mapping[str, Cell], problems: list[Problem]
-) -> tuple[dict[str, Samples], dict[str, str]]:
-    """Each run's samples that its threshold is fitted on, and for the runs without them why."""
-    cell = next(iter(cells.values()))
-    found = group.cells.get(cell.threshold_task, {})
-    images = {answer.image_id for answer in cell.answers.values()}
-    fitting: dict[str, Samples] = {}
-    notes: dict[str, str] = {}
-    for key in cells:
-        threshold = found.get(key)
-        if threshold is None:
-            notes[key] = f"no complete {cell.threshold_task} run"
-        elif (threshold.world, threshold.confidence_name) != (cell.world, cell.confidence_name):
-            notes[key] = f"{threshold.task} has another confidence: {threshold.confidence_name}"
-        elif len(cells) > 1 and (key, threshold.task) in group.unpaired:
-            notes[key] = f"{threshold.task} was refused as a pair"
-        elif shared := images & {answer.image_id for answer in threshold.answers.values()}:
-            notes[key] = f"{threshold.task} shares {len(shared)} images with {cell.task}"
-            fix = "a threshold must be fitted on other images; Φ is left out"
-            problem = Problem("error", threshold.source, notes[key], fix)
-            if problem not in problems:
-                problems.append(problem)
-        else:
-            fitting[key] = _samples(threshold)
-    twin = group.twin.key if group.twin else ""
-    if len(cells) > 1 and twin in notes:
-        notes.update(dict.fromkeys(fitting, f"the full-precision run has none: {notes[twin]}"))
-        fitting = {}
-    return fitting, notes
-
-
-def _evaluate(
-    cells: Mapping[str, Cell], fitting: Mapping[str, Samples], notes: Mapping[str, str], replicates: int, seed: int
-) -> tuple[dict[str, dict[str, ValueEntry]], _Condition | None]:
-    """Every metric of runs on the same samples; the first is the twin of the others."""
-    keys = list(cells)
-    runs = [
-        Resampling(OrderedSamples(*_samples(cells[key])), OrderedSamples(*fitting[key]) if key in fitting else None)
-        for key in keys
-    ]
-    metrics = list(METRICS.values())
-    values, draws = replicate(runs, metrics, replicates=replicates, seed=seed)
-    clipped = np.stack([np.clip(values[:, m], *metric.bounds) for m, metric in enumerate(metrics)], axis=1)
-    out: dict[str, dict[str, ValueEntry]] = {key: {} for key in keys}
-    for m, metric in enumerate(metrics):
-        for r, key in enumerate(keys):
-            samples = runs[r].samples
-            lo, hi, note = interval(values[r, m], draws[r, m], samples.n_clusters, LEVEL, metric.bounds)
-            if metric.needs_threshold_split:
-                note = notes.get(key, note)
-            if metric.needs_confidence and samples.n_present == 0:
-                note = "no sample has a confidence"
-            estimate = Estimate(clipped[r, m], lo, hi, samples.n, samples.n_clusters, samples.n_missing, note)
-            difference = None
-            if r > 0:
-                difference = _difference(
-                    metric, clipped[r, m] - clipped[0, m], draws[r, m] - draws[0, m], samples.n_clusters
-                )
-            out[key][metric.key] = _value(estimate, ranking_caution(metric.key, estimate), difference)
-    if len(keys) < 2:
-        return out, None
-    chosen = [list(METRICS).index(name) for name in SUMMARY_METRICS]
-    delta, spread = clipped[1:, chosen] - clipped[:1, chosen], draws[1:, chosen] - draws[:1, chosen]
-    return out, _Condition(keys[1:], delta, spread, runs[0].samples.n_clusters)
 
 
 def _evaluate_scores(
@@ -256,8 +213,8 @@ def _evaluate_scores(
             if at > twin and there and names[i] in (PARSE_FAILURES, *held[next(iter(cells))]):
                 metric = replace(mean, higher_is_better=better[i])
                 delta, spread = values[at, 0] - values[twin, 0], draws[at, 0] - draws[twin, 0]
-                difference = _difference(metric, delta, spread, s.n_clusters)
-            out[key][name] = _value(estimate, "", difference)
+                difference = difference_entry(metric, delta, spread, s.n_clusters)
+            out[key][name] = estimate_entry(estimate, "", difference)
     return out
 
 
@@ -266,34 +223,6 @@ def _further(cell: Cell, name: str) -> list[float]:
     if name == PARSE_FAILURES:
         return [float(answer.parse_failure) for answer in cell.answers.values()]
     return [answer.scores.get(name, 0.0) for answer in cell.answers.values()]
-
-
-def _value(estimate: Estimate, caution: str, difference: DifferenceEntry | None) -> ValueEntry:
-    if not estimate.available:
-        return ValueEntry(value=None, lo=None, hi=None, note=estimate.note, difference=difference)
-    return ValueEntry(
-        value=float(estimate.value),
-        lo=float(estimate.lo),
-        hi=float(estimate.hi),
-        note=estimate.note,
-        caution=caution,
-        difference=difference,
-    )
-
-
-def _difference(metric: Metric, delta: float, draws: FloatArray, n_clusters: int) -> DifferenceEntry | None:
-    width = metric.bounds[1] - metric.bounds[0]
-    lo, hi, _ = interval(delta, draws, n_clusters, LEVEL, (-width, width))
-    if np.isnan(lo) or np.isnan(hi) or np.isnan(delta):
-        return None
-    verdict = "higher" if lo > 0 else "lower" if hi < 0 else "tied"
-    effect: Effect = "tied"
-    if verdict != "tied":
-        better = metric.higher_is_better
-        effect = "changed" if better is None else "better" if (verdict == "higher") == better else "worse"
-    return DifferenceEntry.model_validate(
-        {"delta": float(delta), "lo": lo, "hi": hi, "verdict": verdict, "effect": effect}
-    )
 
 
 def _summarise(group: Group, world: str, family: str, by_task: Mapping[str, _Condition]) -> list[SummaryEntry]:
@@ -311,7 +240,7 @@ def _summarise(group: Group, world: str, family: str, by_task: Mapping[str, _Con
         differences = {
             name: entry
             for i, name in enumerate(SUMMARY_METRICS)
-            if (entry := _difference(METRICS[name], float(delta[i]), draws[i], n_clusters))
+            if (entry := difference_entry(METRICS[name], float(delta[i]), draws[i], n_clusters))
         }
         if "aurc" in differences and len(own) == len(by_task):
             mean_draws[ids[run.key]] = draws[SUMMARY_METRICS.index("aurc")]
@@ -339,7 +268,7 @@ def _cell_entry(
     replicates: int,
     seed: int,
 ) -> CellEntry:
-    samples = _samples(cell)
+    samples = samples_of(cell)
     score, confidence = np.asarray(samples.score), np.asarray(samples.confidence)
     present = confidence[~np.isnan(confidence)]
     noise = cell.noise or {}
@@ -353,10 +282,10 @@ def _cell_entry(
             "family": cell.family,
             "variant": cell.variant,
             "task": cell.task,
-            "kind": "noise" if noise else "clean" if cell.variant == "clean" else "shift",
+            "kind": "noise" if noise else "clean" if cell.is_clean else "shift",
             "noise": str(noise.get("name", cell.variant)) if noise else "",
             "noise_group": noise_group(str(noise.get("name", ""))) if noise else "",
-            "severity": _severity(noise),
+            "severity": cell.severity,
             "full": cell.is_full,
             "dataset": public_name(cell.dataset),
             "dataset_revision": cell.dataset_revision,
@@ -382,8 +311,8 @@ def _cell_entry(
             "scores": {name: value for name, value in further.items() if name != PARSE_FAILURES},
             "parse_failure_rate": further[PARSE_FAILURES],
             "chance_ece": expected_ece_if_calibrated(present, bins=BINS) if present.size else None,
-            "curve": _curve(score, confidence),
-            "bins": _bins(samples, replicates, seed),
+            "curve": curve_points(score, confidence),
+            "bins": reliability_diagram(samples, replicates, seed),
             "source": cell.source,
         }
     )
@@ -395,65 +324,6 @@ def noise_group(name: str) -> str:
         return "text"
     known = image_noises().get(name)
     return known.group if known else "other"
-
-
-def _severity(noise: Mapping[str, str | int]) -> int:
-    try:
-        return int(noise.get("severity", 0))
-    except ValueError:
-        return 0
-
-
-def _curve(score: FloatArray, confidence: FloatArray) -> list[CurvePoint]:
-    """The risk-coverage curve at about each percent of coverage, the first and the last point included."""
-    curve = risk_coverage_curve(score, confidence)
-    if curve.coverage.size == 0:
-        return []
-    grid = np.arange(1, CURVE_POINTS + 1) / CURVE_POINTS
-    last = np.searchsorted(curve.coverage, grid + 1e-9, side="right") - 1
-    kept = np.unique(np.concatenate([[0], last[last >= 0], [curve.coverage.size - 1]]))
-    return [
-        CurvePoint(coverage=float(curve.coverage[i]), risk=float(curve.risk[i]), threshold=float(curve.threshold[i]))
-        for i in kept
-    ]
-
-
-def _bins(samples: Samples, replicates: int, seed: int) -> list[BinEntry]:
-    """Reliability bins that hold samples, with the clustered bootstrap interval of their mean score."""
-    ordered = OrderedSamples(*samples)
-    n = ordered.n_present
-    if n == 0 or ordered.n_clusters < 2:
-        return []
-    features = np.zeros((ordered.n, 2 * BINS))
-    rows, which = np.arange(n), bin_index(ordered.confidence[:n], BINS)
-    features[rows, which] = 1.0
-    features[rows, BINS + which] = ordered.score[:n]
-    totals = ordered.per_cluster(features)
-    at_once = max(1, _DRAWS_AT_ONCE // ordered.n_clusters)
-    sums = np.concatenate([c @ totals for c in cluster_draws(ordered.n_clusters, replicates, at_once, seed, stream=0)])
-    lower, upper, count, mean_confidence, mean_score, _ = reliability_bins(
-        np.asarray(samples.score), np.asarray(samples.confidence), bins=BINS
-    )
-    entries = []
-    for b in np.flatnonzero(count):
-        weight = sums[:, b]
-        drawn = weight > 0
-        limits: list[float] | None = None
-        # A bin that many replicates miss has too few images for an interval.
-        if drawn.mean() >= LEVEL and count[b] > 1:
-            limits = np.quantile(sums[drawn, BINS + b] / weight[drawn], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-        entries.append(
-            BinEntry(
-                lower=float(lower[b]),
-                upper=float(upper[b]),
-                count=int(count[b]),
-                confidence=float(mean_confidence[b]),
-                score=float(mean_score[b]),
-                lo=limits[0] if limits else None,
-                hi=limits[1] if limits else None,
-            )
-        )
-    return entries
 
 
 def _run_entry(group: Group, run: Run) -> RunEntry:

@@ -9,6 +9,7 @@ import json
 from tabulate import tabulate
 
 from bitquake.reports import formatting
+from bitquake.reports.formatting import spreadsheet_text as _text
 from bitquake.reports.schema import CellEntry, DifferenceEntry, Report, Unit, ValueEntry
 from bitquake.reports.views import OVERVIEW_METRICS, WORLDS, Arrangement, FamilyView, RowGroup
 
@@ -104,7 +105,7 @@ def _model_table(view: Arrangement, world: str, family: FamilyView, group: RowGr
         accuracy = cell.metrics["accuracy"]
         line = [
             formatting.clean_text(run.quantization, _NAME_WIDTH),
-            f"{run.card.effective_bpw:.1f}" if run.card else "?",
+            f"{run.card.effective_bpw:.1f}" if run.card and run.card.effective_bpw is not None else "?",
             _value(accuracy, units[0]),
             _change(accuracy.difference, units[0]) or _no_change(cell),
         ]
@@ -141,9 +142,3 @@ def _no_change(cell: CellEntry) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else repr(float(value))
-
-
-def _text(text: str) -> str:
-    """Foreign text that no spreadsheet takes for a formula."""
-    shown = formatting.clean_text(text)
-    return f"'{shown}" if shown[:1] in ("=", "+", "-", "@") else shown

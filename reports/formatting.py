@@ -22,6 +22,12 @@ def clean_text(text: str, longest: int = LONGEST_TEXT) -> str:
     return shown if len(shown) <= longest and len(start) == len(text) else shown[: longest - 1] + "…"
 
 
+def spreadsheet_text(text: str) -> str:
+    """Foreign text that no spreadsheet takes for a formula."""
+    shown = clean_text(text)
+    return f"'{shown}" if shown[:1] in ("=", "+", "-", "@") else shown
+
+
 def number(value: float, unit: Unit, *, signed: bool = False, digits: int | None = None) -> str:
     """``0.8123`` as ``81.2`` (percent), ``8.12`` (tenths) or ``0.812``; a real minus sign, none before zero."""
     places = _DIGITS[unit] if digits is None else digits

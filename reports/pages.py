@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from bitquake.reports import formatting
+from bitquake.reports.reliability import index_transfers, reliability_pages
 from bitquake.reports.schema import MetricEntry, Report, ScoreEntry, Unit, ValueEntry
 from bitquake.reports.views import Arrangement
 
@@ -18,33 +19,41 @@ _LONG_TEXT = 2000
 
 def render_pages(report: Report) -> dict[str, str]:
     """File name -> HTML of every page of the report."""
-    environment = _environment()
+    templates = environment()
     view = Arrangement(report)
     families = [family for world in view.worlds for family in world.families]
+    reliability = {world.key: reliability_pages(view, world.key) for world in view.worlds}
     shared = {"report": report, "view": view, "families": families}
     pages = {
-        "index.html": environment.get_template("index.html").render(
+        "index.html": templates.get_template("index.html").render(
             **shared,
             charts=view.charts_on_index,
+            reliability=reliability,
+            transfers={world.key: index_transfers(view, world.key) for world in view.worlds},
             n_pairs=len({cell.run for cell in report.cells if cell.pairing == "paired"}),
             n_tasks=len({cell.task for cell in report.cells}),
             n_answers=sum(cell.n for cell in report.cells),
             n_errors=sum(problem.level == "error" for problem in report.problems),
         ),
-        "models.html": environment.get_template("models.html").render(**shared),
+        "models.html": templates.get_template("models.html").render(**shared),
     }
     for world in view.worlds:
+        found = {page.family.key: page for page in reliability[world.key]}
+        for page in found.values():
+            inside = {**shared, "world": world, "family": page.family, "page": page}
+            pages[page.page] = templates.get_template("reliability.html").render(**inside)
         for family in world.families:
-            inside = {**shared, "world": world, "family": family}
-            pages[family.page] = environment.get_template("family.html").render(**inside)
+            inside = {**shared, "world": world, "family": family, "reliability": found.get(family.key)}
+            pages[family.page] = templates.get_template("family.html").render(**inside)
             for noise in family.noises:
-                pages[noise.page] = environment.get_template("noise.html").render(**inside, noise=noise)
+                pages[noise.page] = templates.get_template("noise.html").render(**inside, noise=noise)
     return pages
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """What renders the pages, of a report and of the leaderboard: autoescape on, nothing undefined, its filters."""
+    made = Environment(
         loader=PackageLoader("bitquake.reports"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -67,9 +76,10 @@ def _environment() -> Environment:
         "direction": _direction,
         "points": lambda unit: "points" if unit == "percent" else "",
         "unit_name": _unit_name,
+        "run_page": lambda run: f"models.html#{run.id}",
     }
-    environment.filters.update(filters)
-    return environment
+    made.filters.update(filters)
+    return made
 
 
 def _user_text(text: str, longest: int = formatting.LONGEST_TEXT) -> Markup:

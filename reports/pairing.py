@@ -74,7 +74,9 @@ def run_name(run: Run) -> str:
 
 
 def quantization_name(card: QuantCard) -> str:
-    """The spec's name; the dtype's for full precision."""
+    """The spec's name; the dtype's for full precision; what an import was told is marked as that."""
+    if card.self_declared:
+        return f"{card.spec_name} (imported)"
     return short_dtype(card.dtype) if card.method == "none" else card.spec_name
 
 
@@ -89,7 +91,7 @@ def _find_twin(run: Run, twins: Sequence[Run]) -> tuple[Run | None, str]:
     if card is None:
         return None, "its quant card is missing" if run.card_hash else "it has no quant card"
     model = f"{run.label}{f' (revision {card.revision})' if card.revision else ''}"
-    same = [twin for twin in twins if twin.card is not None and _made_from(card, twin.card)]
+    same = [twin for twin in twins if twin.card is not None and made_from(card, twin.card)]
     if not same:
         return None, f"no full-precision run of {model} among the runs"
     differences = {twin.key: model_differences(run, twin) for twin in same}
@@ -100,7 +102,7 @@ def _find_twin(run: Run, twins: Sequence[Run]) -> tuple[Run | None, str]:
     return (None, f"differs from its full-precision twin in {'; '.join(found)}") if found else (best, "")
 
 
-def _made_from(card: QuantCard, twin: QuantCard) -> bool:
+def made_from(card: QuantCard, twin: QuantCard) -> bool:
     """Whether a model was made from another one, as far as its card knows: a published checkpoint knows no revision."""
     unknown = bool(card.base) and not card.revision
     return card.subject == twin.subject and (unknown or card.revision == twin.revision)
@@ -113,6 +115,7 @@ def model_differences(run: Run, twin: Run) -> list[str]:
     found = [
         f"{name} {left or 'none'} vs {right or 'none'}"
         for name, left, right in (
+            ("origin", *("imported, self-declared" if c.self_declared else "measured" for c in (a, b))),
             ("architecture", a.architecture, b.architecture),
             ("dtype", a.dtype, b.dtype),
             ("device", _device_kind(a.device), _device_kind(b.device)),

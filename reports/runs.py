@@ -21,14 +21,16 @@ import platformdirs
 from pydantic import ValidationError
 
 from bitquake.quant_card import QuantCard
-from bitquake.records import RECORD_KEY, RECORD_VERSION, SampleRecord
+from bitquake.records import IMPORTER, RECORD_KEY, RECORD_VERSION, SampleRecord
 from bitquake.reports.formatting import clean_text
 from bitquake.reports.problems import Problem, RunError
 
 _SAMPLES = re.compile(r"(?P<stem>.+?)_samples_(?P<task>.+)\.jsonl")
 _RERUN = "run the same lmms-eval command again"
 _SHOWN_DETAILS = 3
-_CLEAN, _THRESHOLD = "clean", "threshold"
+_FURTHER_CONFIDENCE = re.compile(r"selector\w{0,40}|geometric_mean")
+_NO_CONFIDENCES: Mapping[str, float] = {}
+_CLEAN, _THRESHOLD, _DEV = "clean", "threshold", "dev"
 _SAME_IN_A_CELL = (
     *("task", "family", "variant", "world", "protocol", "dataset", "split", "part", "subset", "shift_from", "noise"),
     *("dataset_revision", "primary_confidence"),
@@ -47,12 +49,14 @@ _NOT_SETTINGS = (
     "batch_size",
     "workers",
     "max_batch_size",
+    "features",
+    "selector",
 )
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a report needs of one sample record."""
+    """What a report needs of one sample record; confidences: those beside the primary one, where there are any."""
 
     image_id: str
     score: float
@@ -62,6 +66,7 @@ class Answer:
     prompt: str
     failed: bool
     parse_failure: bool
+    confidences: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -100,6 +105,19 @@ class Cell:
     @property
     def is_threshold(self) -> bool:
         return self.variant == _THRESHOLD or self.variant.endswith(f"_{_THRESHOLD}")
+
+    @property
+    def is_clean(self) -> bool:
+        """The task that the family's noises are compared with."""
+        return self.noise is None and self.variant == _CLEAN
+
+    @property
+    def severity(self) -> int:
+        """Of the noise; 0 without one, or without a number for it."""
+        try:
+            return int((self.noise or {}).get("severity", 0))
+        except ValueError:
+            return 0
 
     @property
     def is_full(self) -> bool:
@@ -232,7 +250,11 @@ class _Reader:
         results = self.read_results(results_path, where, [_relative(path, folder) for _, path in sample_paths])
         if results is None:
             return
-        planned = set(_mapping(results.get("n-samples")))
+        # what Selectors learn from is neither shown nor paired
+        sample_paths = [(task, path) for task, path in sample_paths if not _is_dev(results, task)]
+        planned = {task for task in _mapping(results.get("n-samples")) if not _is_dev(results, task)}
+        if not planned and not sample_paths:
+            return
         for task in sorted(planned - {task for task, _ in sample_paths}):
             if RECORD_KEY in str(_mapping(results.get("configs")).get(task, RECORD_KEY)):
                 fix = f"killed while writing, or run without --log_samples: {_RERUN}"
@@ -263,7 +285,7 @@ class _Reader:
             )
             return
         model_hash, card_hash = models[0] if models else ("", "")
-        run = self.run_of(model_hash, card_hash, results, where)
+        run = self.run_of(model_hash, card_hash, results, where, results_path.parent)
         command = command_line(results)
         if read and command not in run.commands:
             run.commands = sorted([*run.commands, command])
@@ -390,9 +412,9 @@ class _Reader:
                     yield number, line
         self.files[path.resolve()] = InputFile(where, digest.hexdigest(), size)
 
-    def run_of(self, model_hash: str, card_hash: str, results: Mapping[str, Any], where: str) -> Run:
+    def run_of(self, model_hash: str, card_hash: str, results: Mapping[str, Any], where: str, beside: Path) -> Run:
         arguments = model_arguments(results)
-        card = self.card(card_hash, model_hash, arguments.get("artifacts"), where) if card_hash else None
+        card = self.card(card_hash, model_hash, arguments.get("artifacts"), where, beside) if card_hash else None
         told = arguments.get("pretrained") or str(results.get("model_name") or "model")
         label = public_subject(card) if card else public_name(told)
         if card is None and arguments.get("quant"):
@@ -403,12 +425,14 @@ class _Reader:
             run.card, run.label = card, label
         return run
 
-    def card(self, card_hash: str, model_hash: str, told: str | None, where: str) -> QuantCard | None:
+    def card(self, card_hash: str, model_hash: str, told: str | None, where: str, beside: Path) -> QuantCard | None:
         if self.cards.get(card_hash) is None:
-            self.cards[card_hash] = self.load_card(card_hash, model_hash, told, where)
+            self.cards[card_hash] = self.load_card(card_hash, model_hash, told, where, beside)
         return self.cards[card_hash]
 
-    def load_card(self, card_hash: str, model_hash: str, told: str | None, where: str) -> QuantCard | None:
+    def load_card(
+        self, card_hash: str, model_hash: str, told: str | None, where: str, beside: Path
+    ) -> QuantCard | None:
         name = f"quant card {card_hash[:12]}"
         if not re.fullmatch(r"[0-9a-f]{16,128}", card_hash):
             self.error(where, f"{name!r} is not the hash of a quant card", "no pair can be formed; run again")
@@ -418,6 +442,7 @@ class _Reader:
         else:
             places = [Path(told).expanduser()] if told else []
             places.append(platformdirs.user_cache_path("bitquake", appauthor=False))
+        places.append(beside)  # imported runs carry theirs with them
         for place in places:
             path = place / "quant_cards" / f"{card_hash}.json"
             if not path.is_file():
@@ -504,7 +529,7 @@ def settings_of(results: Mapping[str, Any], task: str) -> dict[str, str]:
     settings["batch size"] = str(arguments.get("batch_size", config.get("batch_size")))
     settings["generation arguments"] = config.get("gen_kwargs") or None
     settings["task generation arguments"] = task_config.get("generation_kwargs")
-    settings["task metadata"] = task_config.get("metadata")
+    settings["task metadata"] = _without_dev(task_config.get("metadata"))
     settings["task version"] = _mapping(results.get("versions")).get(task)
     settings["few-shot examples"] = _mapping(results.get("n-shot")).get(task)
     settings["system instruction"] = results.get("system_instruction_sha")
@@ -512,10 +537,30 @@ def settings_of(results: Mapping[str, Any], task: str) -> dict[str, str]:
     return {name: json.dumps(value, sort_keys=True) for name, value in sorted(settings.items()) if value is not None}
 
 
+def _is_dev(results: Mapping[str, Any], task: str) -> bool:
+    """Whether a task is a family's ``<family>_dev``."""
+    metadata = _mapping(_mapping(_mapping(results.get("configs")).get(task)).get("metadata"))
+    return task == f"{_mapping(metadata.get('bitquake')).get('family')}_{_DEV}"
+
+
+def _without_dev(metadata: Any) -> Any:
+    """A task's metadata but for the family's split ``dev``, which says nothing about any other task's rows."""
+    told = _mapping(_mapping(metadata).get("bitquake"))
+    if _DEV not in _mapping(told.get("splits")):
+        return metadata
+    splits = {role: split for role, split in told["splits"].items() if role != _DEV}
+    return {**metadata, "bitquake": {**told, "splits": splits}}
+
+
 def command_line(results: Mapping[str, Any]) -> str:
     """The command that repeats the run, local folders shortened to their last part."""
     config = _mapping(results.get("config"))
+    if config.get("model") == IMPORTER:
+        return str(config.get("command"))
     arguments = {name: _public_argument(value) for name, value in model_arguments(results).items()}
+    if "selector" in arguments:  # several files, joined by "+"
+        files = model_arguments(results)["selector"].split("+")
+        arguments["selector"] = "+".join(public_name(file) for file in files)
     words = ["lmms-eval", "--model", str(config.get("model", "?"))]
     if arguments:
         words += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
@@ -576,6 +621,16 @@ def _answer(record: SampleRecord) -> Answer:
     confidence = record.primary
     if record.failure or (confidence is not None and not 0 <= confidence <= 1):
         confidence = None
+    further = _NO_CONFIDENCES
+    if not record.failure:
+        further = {
+            name: value
+            for name, value in sorted(record.confidence.items())
+            if value is not None
+            and 0 <= value <= 1  # not NaN either
+            and name != record.primary_confidence
+            and _FURTHER_CONFIDENCE.fullmatch(name)
+        }
     return Answer(
         image_id=record.image_id,
         score=record.score,
@@ -585,4 +640,5 @@ def _answer(record: SampleRecord) -> Answer:
         prompt=record.prompt_hash,
         failed=record.failure is not None,
         parse_failure=record.parse_failure,
+        confidences=further,
     )

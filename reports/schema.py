@@ -162,6 +162,8 @@ class CellEntry(_Entry):
     pairing: ``twin`` (the full-precision run), ``paired`` with it, or ``unpaired`` with the ``reason``.
     common: what was left out when runs of different samples were compared on those they share.
     chance_ece: the ECE that a perfectly calibrated model with these confidences shows by chance.
+    confidences: beside the primary one, those that this run gave. recalibrated: empty without a confidence or a
+    threshold split. flips: against the full-precision run, None where the cell is not paired with it.
     """
 
     run: str

@@ -35,6 +35,7 @@ _HEADLINES = {
         "Brier and Φ compare confidences with that. Rankings by AURC stand.",
     ),
     "retrieval": Headline("Recall@1", "percent", "share of pictures whose own caption is ranked first"),
+    "scored": Headline("Score", "percent", "mean of the scores that the imported table brought"),
     "stock": Headline("Score", "percent", "mean score that the extended lmms-eval task gives"),
 }
 _RECALL = re.compile(r"recall_(\d{1,6})_of_(\d{1,6})")

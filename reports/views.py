@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from markupsafe import Markup
-
 from bitquake.reports import charts, scores
+from bitquake.reports.figures import Figure, Legend
 from bitquake.reports.formatting import SCALE, condition_name, interval, number, value_text
 from bitquake.reports.schema import (
     CellEntry,
@@ -74,23 +73,6 @@ class RowGroup:
     twin: RunEntry | None
     rows: list[Row]
     refused: str
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its caption and the numbers behind it."""
-
-    title: str
-    subtitle: str
-    chart: Markup
-    head: list[str]
-    table: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Legend:
-    name: str
-    swatch: Markup
 
 
 @dataclass(frozen=True)
@@ -402,7 +384,7 @@ class Arrangement:
         groups = [g for condition in [*clean, *noise.conditions] for g in condition.groups if g.key == group.key]
         sizes = {kind: {r.cell.n for g in groups for r in g.rows if r.cell.kind == kind} for kind in ("clean", "noise")}
         subtitle = ""
-        if sizes["clean"] and sizes["clean"] != sizes["noise"]:
+        if sizes["clean"] and sizes["noise"] and sizes["clean"] != sizes["noise"]:
             subtitle = f"clean: {_span(sizes['clean'])} samples, noise: {_span(sizes['noise'])}"
         figures = []
         for metric in (family.main.headline, *(self.metrics[key] for key in OVERVIEW_METRICS[1:])):
@@ -439,10 +421,16 @@ class Arrangement:
             for p in _thinned(row.cell.curve, 10):
                 numbers = [number(p.coverage, "percent"), number(p.risk, "percent"), number(p.threshold, "fraction")]
                 table.append([row.run.quantization, *numbers])
+        marks = [
+            (self.styles[row.run.id], value.value, risk)
+            for row in rows
+            for risk in charts.TOLERATED
+            if (value := row.cell.metrics.get(f"coverage_at_risk_{risk * 100:g}")) and value.value
+        ]
         return Figure(
             title,
-            "lower is better",
-            charts.risk_coverage_chart(title, f"Lower is better. {described}.", curves),
+            "lower is better; rings: C@1, 5, 10, 20 %",
+            charts.risk_coverage_chart(title, f"Lower is better. {described}.", curves, marks),
             ["Quantization", "Coverage, %", "Risk, %", "Answered from confidence"],
             table,
         )

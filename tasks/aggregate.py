@@ -1,8 +1,9 @@
 """Aggregations of lmms-eval's results table: each metric as a number, and ``<metric>_ci`` as its interval.
 
-``!function bitquake.tasks.aggregate.ece_15`` asks for one; the names are the keys of ``bitquake.metrics.METRICS``, with
-``_ci`` for the 95 % interval of the bootstrap clustered by image. lmms-eval computes standard errors for its own
-functions only, and prints what an aggregation returns when it is a text, so the interval is a text.
+``!function bitquake.tasks.aggregate.ece_15`` asks for one; the names are the keys of ``bitquake.metrics.METRICS``, a
+dot written as ``_``, with ``_ci`` for the 95 % interval of the bootstrap clustered by image. lmms-eval computes
+standard errors for its own functions only, and prints what an aggregation returns when it is a text, so the interval is
+a text.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ NOT_AVAILABLE = "N/A"
 
 REPLICATES = 2000
 """Of the bootstrap behind an interval."""
+
+_KEYS = {key.replace(".", "_"): key for key in METRICS}
+"""Name of an aggregation -> metric: a function's name has no dot."""
 
 Item = Sequence[Any]
 """What a task gives for one sample: [score, confidence or None, image id]."""
@@ -122,9 +126,9 @@ def _interval(key: str) -> Callable[[Sequence[Any]], str]:
 
 
 def __getattr__(name: str) -> Callable[[Sequence[Any]], Any]:
-    key = name.removesuffix("_ci")
+    key = _KEYS.get(name.removesuffix("_ci"), "")
     if key not in METRICS or METRICS[key].needs_threshold_split:
         raise AttributeError(f"module {__name__!r} has no aggregation {name!r}")
-    function = _value(key) if key == name else _interval(key)
+    function = _interval(key) if name.endswith("_ci") else _value(key)
     function.__name__ = function.__qualname__ = name
     return function

@@ -325,7 +325,7 @@ def _metric_list(family: Family) -> list[dict[str, Any]]:
     """The record itself, then metrics and the protocol's further scores with their intervals, then what went wrong."""
 
     def metric(key: str, function: str, higher_is_better: bool) -> dict[str, Any]:
-        aggregation = _Function(f"bitquake.tasks.aggregate.{function}")
+        aggregation = _Function(f"bitquake.tasks.aggregate.{function.replace('.', '_')}")
         return {"metric": key, "aggregation": aggregation, "higher_is_better": higher_is_better}
 
     out = [metric("bitquake", "n_scored", True)]

@@ -18,6 +18,7 @@ from .documents import IDS
 from .families import FamilyError
 from .glue import Task
 from .rows import find_task, load_rows
+from .variants import DEV
 
 
 class TaskRows(NamedTuple):
@@ -50,6 +51,8 @@ def rows_of(name: str) -> TaskRows:
         raise FamilyError(f"{error} ({hint})") from error
     if task.contract.protocol == "retrieval":
         raise FamilyError(f"{name}: retrieval ranks a model's scores of candidates; a table of answers has none")
+    if task.variant == DEV:
+        raise FamilyError(f"{name}: these samples are for Selectors, which learn from features; a table has none")
     rows = load_rows(task)
     if task.contract.extends is None:  # a stock scorer may look at the picture
         pictures = [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]

@@ -1,4 +1,4 @@
-"""The whole way on the shipped model: quantize, evaluate through lmms-eval, compare, render; and stop half-way."""
+"""The whole way on the shipped model: quantize, evaluate through lmms-eval, compare, board; and stop half-way."""
 
 from __future__ import annotations
 
@@ -42,7 +42,12 @@ def test_a_demo_killed_half_way_goes_on_where_it_stopped(tmp_path: Path) -> None
     assert {name: stamp for name, stamp in _stamps(tmp_path).items() if name in kept} == kept
 
     index = Path(done.stdout.strip().splitlines()[-1])
-    assert index == (tmp_path / "site" / "index.html").resolve() and index.is_file()
+    assert index == (tmp_path / "board" / "index.html").resolve() and index.is_file()
+    assert (tmp_path / "site" / "index.html").is_file()
+    board = json.loads((tmp_path / "board" / "board.json").read_text())
+    (entry,) = board["boards"]
+    assert {row["level"] for row in entry["submissions"]} == {"recomputed"} and board["n_refused"] == 0
+    assert len(entry["submissions"]) == len(demo.QUANTS)
     report = json.loads((tmp_path / "site" / "report.json").read_text())
     assert json.dumps(report).count("rtn-int3-g64") > 0
     table = done.stdout

@@ -22,7 +22,7 @@ def blake(*parts: object) -> str:
 
 @dataclass
 class Model:
-    """A model to pretend: how much it loses, and its quant card."""
+    """A model to pretend: how much it loses, its quant card, and its confidences beside the primary one."""
 
     quant: str = "full-precision"
     bits: int = 16
@@ -31,6 +31,7 @@ class Model:
     pretrained: str = PRETRAINED
     execution: str = "simulated"
     changes: dict[str, Any] = field(default_factory=dict)
+    further: tuple[str, ...] = ()
 
     def card(self) -> QuantCard:
         full = self.bits == 16
@@ -87,6 +88,7 @@ class Task:
     n: int = 60
     world: str = "block"
     per_image: int = 3
+    shift_from: str = ""
 
     @property
     def name(self) -> str:
@@ -113,6 +115,10 @@ def records(model: Model, task: Task, seed: int = 0) -> list[SampleRecord]:
     right = ease + luck > 0
     soft = shared.choice([1.0, 1.0, 1.0, 0.6, 0.3], task.n)
     confidence = 1 / (1 + np.exp(-(ease * 1.2 + model.overconfidence + own.normal(0, 0.4, task.n))))
+    learned = {
+        name: np.random.default_rng([seed, sum(map(ord, name + task.name + model.quant))]).beta(2 + 6 * right, 3)
+        for name in model.further
+    }
     split = "threshold" if task.variant == "threshold" else "test"
     out = []
     for i, image in enumerate(task.images()):
@@ -132,7 +138,8 @@ def records(model: Model, task: Task, seed: int = 0) -> list[SampleRecord]:
                     "score": float(soft[i]) if right[i] else 0.0,
                     "answer": "red",
                     "text": "red",
-                    "confidence": {"joint": float(confidence[i])},
+                    "confidence": {"joint": float(confidence[i]), **{k: float(v[i]) for k, v in learned.items()}},
+                    "shift_from": task.shift_from,
                     "noise": task.noise,
                     "pixel_hash": [blake("pixels", image, task.noise)],
                     "prompt_hash": blake("prompt", sample),

@@ -339,7 +339,7 @@ def test_names_of_pages_never_meet(runs: Runs) -> None:
     ]
     result = report(runs, tasks, replicates=5)
     names = {path.name for path in result.index.parent.glob("*.html")}
-    assert len(names) == 2 + 3 + 1
+    assert len(names) == 2 + 3 + 1 + 3  # the families' pages of reliability
     assert {"block-a--fog.html"} <= {re.sub("-[0-9a-f]{8}", "", name) for name in names}
 
 

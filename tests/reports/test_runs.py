@@ -10,7 +10,7 @@ import pytest
 from run_folders import Model, Runs, Task, blake, noisy, records, sample_line
 
 from bitquake.reports import RunError, read_runs
-from bitquake.reports.runs import Cell, Inputs, command_line, expected_samples, public_name
+from bitquake.reports.runs import Cell, Inputs, command_line, expected_samples, public_name, settings_of
 
 FULL, INT4 = Model(), Model("rtn-int4-g64", 4, 0.3)
 
@@ -362,3 +362,33 @@ def test_the_command_shows_nobodys_folders() -> None:
     shown = command_line({"config": {"model": "bitquake_hf", "model_args": told}})
     assert "somebody" not in shown
     assert "pretrained=model,quant=awq-int4-g64:calibration.data=pictures:bits=3,batch_size=8" in shown
+
+
+def test_what_selectors_learn_from_is_neither_shown_nor_judged(runs: Runs) -> None:
+    """A dev task leaves no cell and no problem, even where it is damaged; other tasks of the run stay."""
+    folder = runs.write(INT4, [Task(), Task(variant="dev", n=30)])
+    results = json.loads(results_file(folder).read_text())
+    for config in results["configs"].values():
+        config["metadata"]["bitquake"]["family"] = "block_vqav2"
+    results_file(folder).write_text(json.dumps(results))
+    sample_file(folder, "block_vqav2_dev").write_text("{cut sh")
+    inputs = read_runs([folder], runs.artifacts)
+    assert whole(inputs) == {"block_vqav2_clean"} and not inputs.problems
+    assert not any("dev" in file.path for file in inputs.files)
+    sample_file(folder, "block_vqav2_dev").unlink()
+    assert not read_runs([folder], runs.artifacts).problems
+    sample_file(folder, "block_vqav2_clean").unlink()
+    results["n-samples"].pop("block_vqav2_clean")
+    results_file(folder).write_text(json.dumps(results))
+    with pytest.raises(RunError, match="no complete result"):
+        read_runs([folder], runs.artifacts)
+
+
+def test_a_split_for_selectors_is_no_setting_of_other_tasks() -> None:
+    """A run from before the family had one is still a pair of a run from after."""
+    splits: dict[str, Any] = {"test": {"split": "test"}, "threshold": {"split": "threshold"}}
+    metadata = {"version": 1, "bitquake": {"family": "a", "splits": splits}}
+    newer = {"version": 1, "bitquake": {"family": "a", "splits": splits | {"dev": {"split": "dev"}}}}
+    moved = {"version": 1, "bitquake": {"family": "a", "splits": splits | {"threshold": {"split": "dev"}}}}
+    before, after, other = (settings_of({"configs": {"t": {"metadata": one}}}, "t") for one in (metadata, newer, moved))
+    assert before == after != other and "dev" in newer["bitquake"]["splits"]  # type: ignore[operator]

@@ -131,6 +131,7 @@ def test_pages_are_well_formed_and_ask_nobody_for_anything(written: tuple[Runs, 
     assert set(found) == {
         *("index.html", "models.html", "block-vqav2--contrast.html", "block-vqav2--gaussian-noise.html"),
         *families,
+        *(name.replace(".html", "_reliability.html") for name in families),
     }
     for name, text in found.items():
         page = Page(text)
@@ -168,6 +169,8 @@ def test_charts_are_valid_drawings_within_their_frame(written: tuple[Runs, list[
     }
     # A condition has one curve and four diagrams, a noise three charts over its severities.
     expected = {"block-vqav2.html": 5 + 2 * 3, "block-vqav2--contrast.html": 3 + 3 * 5}
+    # No threshold reaches the tolerated risk, so that only flips by confidence are left to draw.
+    expected |= {"block-vqav2_reliability.html": 1}
     assert {name: len(charts) for name, charts in found.items()} == {
         **expected,
         "block-vqav2--gaussian-noise.html": 3 + 3 * 5,
@@ -207,7 +210,7 @@ def test_report_json_fits_its_published_schema(written: tuple[Runs, list[Path], 
     report = json.loads((site / "report.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(report, schema)
-    assert report["schema_version"] == 3
+    assert report["schema_version"] == 4
     del report["cells"][0]["n"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(report, schema)

@@ -312,10 +312,11 @@ def test_aggregations_are_the_metrics_and_their_intervals() -> None:
     confidence = rng.random(200)
     images = [str(i // 2) for i in range(200)]
     items = [aggregate.item(*sample) for sample in zip(score, confidence, images, strict=True)]
-    for key in ("accuracy", "ece_15", "auroc", "aurc", "coverage_at_risk_20"):
+    for key in ("accuracy", "ece_15", "auroc", "aurc", "coverage_at_risk_0.5", "coverage_at_risk_20"):
         expected = evaluate(score, confidence, images, metrics=[key], seed=0)[key]
-        assert getattr(aggregate, key)(items) == pytest.approx(expected.value)
-        assert getattr(aggregate, f"{key}_ci")(items) == f"[{expected.lo:.4f}, {expected.hi:.4f}]"
+        name = key.replace(".", "_")  # of a function
+        assert getattr(aggregate, name)(items) == pytest.approx(expected.value)
+        assert getattr(aggregate, f"{name}_ci")(items) == f"[{expected.lo:.4f}, {expected.hi:.4f}]"
     as_accuracy = [aggregate.accuracy_item(s, i) for s, i in zip(score, images, strict=True)]
     assert aggregate.accuracy(as_accuracy) == pytest.approx(score.mean())
 

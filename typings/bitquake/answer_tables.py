@@ -1,0 +1,1 @@
+../../bitquake/answer_tables.py

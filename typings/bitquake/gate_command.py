@@ -1,0 +1,1 @@
+../../bitquake/gate_command.py

@@ -1,0 +1,1 @@
+../../bitquake/leaderboard_command.py

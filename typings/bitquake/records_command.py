@@ -1,0 +1,1 @@
+../../bitquake/records_command.py
