@@ -74,13 +74,6 @@ def run(options: argparse.Namespace) -> int:
     )
 
 
-def gold_folder() -> Path:
-    """The user's own gold files; as ``bitquake.tasks.gold.default_folder``, without the datasets."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("bitquake", appauthor=False) / "gold"
-
-
 def _board(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
@@ -141,8 +134,12 @@ def _validate(options: argparse.Namespace) -> int:
         raise ValueError("give the folders of submissions, or --all")
     if options.all and not options.submissions.is_dir():
         raise ValueError(f"{options.submissions}: is not there; give --submissions DIR")
+    for folder in options.folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: is no folder; give the folder of a submission")
     folders = all_submissions(options.submissions) if options.all else options.folders
-    verdicts = validate(folders, gold=_gold_of(options), base=options.base)
+    root = options.submissions if options.all else None
+    verdicts = validate(folders, gold=_gold_of(options), base=options.base, root=root)
     print(table(verdicts))
     return 0 if all(verdict.ok for verdict in verdicts) else 1
 
@@ -178,7 +175,9 @@ def table(verdicts: Sequence[Verdict]) -> str:
 
 def _gold_of(options: argparse.Namespace) -> Path:
     """The gold folder that was given, or the user's own."""
-    folder: Path = options.gold if options.gold is not None else gold_folder()
+    from bitquake.tasks.gold import default_folder
+
+    folder: Path = options.gold if options.gold is not None else default_folder()
     if options.gold is not None and not folder.is_dir():
         raise ValueError(f"--gold {folder}: is no folder; `bitquake leaderboard gold --out {folder}` makes one")
     return folder
@@ -188,7 +187,8 @@ def _gold(options: argparse.Namespace) -> int:
     from tabulate import tabulate
 
     from bitquake.leaderboard.boards import load_board, with_gold
-    from bitquake.tasks.gold import build_gold
+    from bitquake.tasks.gold import build_gold, default_folder
+    from bitquake.tasks.sources import replacing
 
     if bool(options.tasks) == bool(options.board):
         raise ValueError("give tasks, or --board NAME for all tasks of a board")
@@ -196,7 +196,7 @@ def _gold(options: argparse.Namespace) -> int:
         raise ValueError("--pin: writes the hashes of a board's tasks; give --board too")
     if options.board and options.limit is not None:
         raise ValueError("--limit: the board says how many samples each of its tasks has")
-    out = options.out or gold_folder()
+    out = options.out or default_folder()
     wanted: list[tuple[str, int | None]] = [(task, options.limit) for task in options.tasks]
     if options.board:
         board = load_board(options.board)
@@ -213,7 +213,9 @@ def _gold(options: argparse.Namespace) -> int:
     print(out)
     if options.pin is not None:
         hashes = {str(row["task"]): str(row["sha256 of the text"]) for row in rows}
-        options.pin.write_text(with_gold(options.pin.read_text(encoding="utf-8"), hashes), encoding="utf-8")
+        text = with_gold(options.pin.read_text(encoding="utf-8"), hashes)
+        with replacing(options.pin) as new:
+            new.write_text(text, encoding="utf-8")
         print(f"pinned in {options.pin}")
     return 0
 

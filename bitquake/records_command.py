@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from bitquake.answer_tables import AnswerRow, AnswerTable, TableColumns, TableEr
 from bitquake.envelope import Envelope
 from bitquake.quant_card import QuantCard
 from bitquake.records import IMPORTER, RECORD_KEY, SampleRecord
+from bitquake.tasks.sources import replacing
 
 if TYPE_CHECKING:
     from bitquake.tasks.imported import TaskRows
@@ -164,12 +164,17 @@ def summary(done: Imported) -> str:
     """What was imported, in lines for a terminal."""
     lines = [f"{done.task}: {done.n:,} of {done.expected:,} samples imported (self-declared) into {done.folder}"]
     if done.missing:
-        how = "counted as failures" if done.complete else "the run is incomplete, and neither report nor gate uses it"
-        lines.append(f"{len(done.missing):,} samples have no answer ({some(done.missing)}): {how}")
+        how = "counted as failures"
+        if not done.complete:
+            how = (
+                "the run is incomplete, and neither report nor gate uses it; add their answers, give --limit N where "
+                "only the first N samples were asked, or --missing-as-failures"
+            )
+        have = "1 sample has" if len(done.missing) == 1 else f"{len(done.missing):,} samples have"
+        lines.append(f"{have} no answer ({some(done.missing)}): {how}")
     if done.foreign:
-        lines.append(
-            f"{len(done.foreign):,} rows name no expected sample of {done.task}, left out: {some(done.foreign)}"
-        )
+        name = "1 row names" if len(done.foreign) == 1 else f"{len(done.foreign):,} rows name"
+        lines.append(f"{name} no expected sample of {done.task}, left out: {some(done.foreign)}")
     if done.failures:
         counts = ", ".join(f"{name} {count:,}" for name, count in sorted(done.failures.items()))
         lines.append(f"failed, and scored 0: {counts}")
@@ -348,7 +353,8 @@ def _write(
                 f"{path}: holds another import of {declared.model} on {task}; remove it, or give another --out"
             )
     for path, text in written.items():
-        _write_whole(path, text)
+        with replacing(path) as new:
+            new.write_text(text, encoding="utf-8")
     return folder
 
 
@@ -368,16 +374,3 @@ def _command(task: str, declared: Declared, options: ImportOptions, table: Answe
     for option in ("limit", "expected", "shift_from", "model_type"):
         words += [f"--{option.replace('_', '-')}", getattr(options, option)] if getattr(options, option) else []
     return " ".join(map(str, [*words, "--out OUT"]))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # readable for others, as no file of mkstemp is
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -155,7 +155,8 @@ def fit_summary(done: FitResult) -> str:
     left = ", ".join(f"{n:,} {reason}" for reason, n in card.n_left_out.items()) or "none"
     return (
         f"{card.subject}, target {card.target}\n{runs}\nleft out   {left}\n"
-        f"validation {told.n:,} samples on {told.n_images:,} pictures, each judged by a member that did not see it\n\n"
+        f"validation {told.n:,} samples on {told.n_images:,} pictures, each judged by a member not fitted on it\n"
+        "           (only its epoch was chosen there, which flatters a little: test tasks decide)\n\n"
         f"{table}\n\nepochs     {', '.join(map(str, done.epochs))} (0: MaxProb as it is)\n"
         f"time       {done.seconds:.1f} s\nfile       {done.path} ({done.path.stat().st_size / 1e6:.1f} MB)"
     )

@@ -15,10 +15,13 @@ from bitquake.reports.schema import Report, RunEntry
 BOARD_FILE_VERSION = 1
 
 Level = Literal["self-reported", "recomputed", "reproduced"]
+SAME_SCORES = 0.99
+"""Share of samples on which a reproduction scores what the original does: kernels of other machines flip a few."""
 LEVELS: dict[Level, str] = {
     "self-reported": "no gold file is pinned for its tasks, so nobody could recompute it: its figures are not shown",
     "recomputed": "every figure was computed by the board from the submitted answers and the pinned gold files",
-    "reproduced": "recomputed, and a second organisation's own run of the same weights gave the same scores",
+    "reproduced": "recomputed, and a second organisation's own run of the same weights gave the same scores on "
+    f"{SAME_SCORES:.0%} of the samples or more",
 }
 
 

@@ -47,8 +47,11 @@ def _totals(card: QuantCard, where: str) -> list[Finding]:
         found.append(_finding("card-modules", f"{where}: modules", "a module stands there twice", twice[0][:80]))
     if both := sorted({module.name for module in card.modules} & card.kept.keys()):
         found.append(_finding("card-modules", f"{where}: kept", "a module is both quantized and kept", both[0][:80]))
+    of_component: dict[str, list[ModuleEntry]] = {}
+    for module in card.modules:
+        of_component.setdefault(module.component, []).append(module)
     for name, entry in card.components.items():
-        modules = [module for module in card.modules if module.component == name]
+        modules = of_component.get(name, [])
         place = f"{where}: components.{name[:40]}"
         if min(entry.n_parameters, entry.n_quantized, entry.n_bytes, entry.packed_bytes) < 0:
             found.append(_finding("card-components", place, "a count is negative"))
@@ -65,7 +68,7 @@ def _totals(card: QuantCard, where: str) -> list[Finding]:
             found.append(
                 _finding("card-bytes", place, what, f"n_bytes {entry.n_bytes:,}, packed {entry.packed_bytes:,}")
             )
-    if unknown := sorted({module.component for module in card.modules} - card.components.keys()):
+    if unknown := sorted(of_component.keys() - card.components.keys()):
         found.append(_finding("card-components", where, "modules of a component that is not listed", unknown[0][:40]))
     n_parameters = sum(entry.n_parameters for entry in card.components.values())
     if n_parameters <= 0:

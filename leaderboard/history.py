@@ -38,19 +38,6 @@ class Withdrawal(BaseModel):
     reason: Annotated[str, Field(min_length=10, max_length=1000)]
 
 
-def read_withdrawals(root: Path) -> dict[str, str]:
-    """Submission -> reason, from ``withdrawals.yaml`` beside the submissions; empty where there is none.
-
-    Raises:
-        HistoryError: the file is not valid.
-    """
-    file = root / WITHDRAWALS_FILE
-    if not file.is_file():
-        return {}
-    entries = read_entries(file, Withdrawal)
-    return {entry.submission: entry.reason for entry in entries}
-
-
 def read_entries(file: Path, kind: type[Any]) -> list[Any]:
     """A YAML list of entries of one kind.
 
@@ -58,38 +45,54 @@ def read_entries(file: Path, kind: type[Any]) -> list[Any]:
         HistoryError: the file is not that.
     """
     try:
-        data = load_strict(read_bounded(file))
+        return _entries(file.name, read_bounded(file), kind)
+    except StrictYamlError as error:
+        raise HistoryError(f"{file.name}: {error}") from error
+
+
+def _entries(name: str, text: str, kind: type[Any]) -> list[Any]:
+    try:
+        data = load_strict(text)
         if data is not None and not isinstance(data, list):
-            raise HistoryError(f"{file.name}: expected a list of entries, got {type(data).__name__}")
+            raise HistoryError(f"{name}: expected a list of entries, got {type(data).__name__}")
         return [kind.model_validate(entry) for entry in data or []]
     except (StrictYamlError, ValidationError) as error:
-        raise HistoryError(f"{file.name}: {error}") from error
+        raise HistoryError(f"{name}: {error}") from error
 
 
 def changed_since(base: str, root: Path) -> list[Finding]:
     """Submissions of a commit that are not on disk as they were.
+
+    What was withdrawn stands in the commit's own list: nobody removes a submission and excuses it in one proposal.
 
     Args:
         base: a commit, branch or tag of the repository that holds ``root``.
         root: the folder of all submissions.
 
     Raises:
-        HistoryError: git does not know the base, or ``root`` is in no repository.
+        HistoryError: git does not know the base, or ``root`` is in no repository, or a link, which may lead to another.
     """
     if not _REF.fullmatch(base):
         raise HistoryError(f"--base {shown(base)}: is no name of a commit; give a branch, a tag or a hash")
+    if root.is_symlink() or root.parent.is_symlink():
+        raise HistoryError(f"{root}: is a link, or lies in one; what it leads to is not what is proposed")
     commit = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{base}^{{commit}}").strip().decode()
     algorithm = _git(root, "rev-parse", "--show-object-format").strip().decode()
     listing = _git(root, "ls-tree", "-r", "-z", "--end-of-options", commit, "--", ".")
-    withdrawn = read_withdrawals(root)
+    withdrawn: dict[str, str] = {}
     found: dict[str, list[str]] = {}
     gone: dict[str, bool] = {}
     for entry in filter(None, listing.split(b"\0")):
         facts, _, raw = entry.partition(b"\t")
         mode, _, blob = facts.decode().split(" ")
         path = Path(os.fsdecode(raw))
-        if len(path.parts) < 2:
-            continue  # a file beside the submissions
+        if len(path.parts) < 2:  # a file beside the submissions
+            if path.name == WITHDRAWALS_FILE and mode in _REGULAR:
+                text = _git(root, "cat-file", "blob", blob).decode(errors="replace")
+                withdrawn = {
+                    e.submission: e.reason for e in _entries(f"{WITHDRAWALS_FILE} of {base}", text, Withdrawal)
+                }
+            continue
         change = _change(root / path, mode, blob, algorithm)
         gone[path.parts[0]] = gone.get(path.parts[0], True) and change == "is gone"
         if change:
@@ -105,7 +108,7 @@ def _finding(name: str, changes: list[str], gone: bool, withdrawn: Mapping[str, 
     if name in withdrawn:
         what = f"was withdrawn: {shown(withdrawn[name], 200)}"
         return Finding("history-withdrawn", name, what, level="warning")
-    fix = f"put it back, or have it listed in {WITHDRAWALS_FILE} with a reason"
+    fix = f"put it back, or have a maintainer list it in {WITHDRAWALS_FILE} of the base, with a reason, first"
     return Finding("history-removed", shown(name, 200), what, fix=fix)
 
 

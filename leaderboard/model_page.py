@@ -13,7 +13,15 @@ from bitquake.reports import formatting
 from bitquake.reports.figures import Figure, Legend
 from bitquake.reports.reliability import Section, group_sections, home
 from bitquake.reports.schema import CellEntry, Report, RunEntry
-from bitquake.reports.views import Arrangement, FamilyView, RowGroup, condition_order, slug
+from bitquake.reports.views import (
+    CAUTION,
+    Arrangement,
+    FamilyView,
+    RowGroup,
+    caution_note,
+    condition_order,
+    slug,
+)
 
 MOST_OPEN_FIGURES = 12
 
@@ -74,6 +82,7 @@ def model_page(view: BoardView, report: Report, run: RunEntry) -> ModelPage:
 def _family(view: BoardView, arrangement: Arrangement, family: FamilyView, run: RunEntry) -> FamilySection:
     rows: list[ConditionRow] = []
     notes: dict[str, None] = {}
+    cautions: set[str] = set()
     columns: list[Column] = []
     group: RowGroup | None = None
     for condition in family.conditions:
@@ -88,7 +97,11 @@ def _family(view: BoardView, arrangement: Arrangement, family: FamilyView, run: 
                 page = view.task_page(condition.task)
                 rows.append(ConditionRow(condition.name, page, row.cell.n, made))
                 columns = columns or view.columns(metrics)
-                notes.update(dict.fromkeys(condition.notes))
+                # Those of a condition name every figure of the report; here they are said once, of the figures shown.
+                notes.update(dict.fromkeys(note for note in condition.notes if not note.startswith(CAUTION)))
+                cautions |= {row.cell.metrics[key].caution for key, _ in metrics} - {""}
+    if cautions:
+        notes[caution_note(sorted(cautions))] = None
     if group is None:
         return FamilySection("", family.title, columns, rows, [], [], [], [])
     severities = [figure for noise in family.noises for figure in arrangement.severity_figures(family, noise, group)]

@@ -9,14 +9,13 @@ from typing import Any
 from bitquake import __version__
 from bitquake.leaderboard.recompute import load_runs
 from bitquake.leaderboard.submission import Submission
-from bitquake.metrics import METRICS
 from bitquake.quant_card import QuantCard
 from bitquake.reports.cards import card_entry
 from bitquake.reports.comparison import compare_groups, run_id
-from bitquake.reports.entries import LEVEL
+from bitquake.reports.entries import LEVEL, metric_entries
 from bitquake.reports.pairing import pair_runs, quantization_name
 from bitquake.reports.runs import Run, public_subject
-from bitquake.reports.schema import MetricEntry, ProblemEntry, Report, RunEntry, Settings
+from bitquake.reports.schema import ProblemEntry, Report, RunEntry, Settings
 
 GENERATOR = f"bitquake {__version__}"
 _HAVE_RUNS = ("cells", "summaries", "transfers", "interactions", "robustness", "mixtures")
@@ -72,17 +71,7 @@ def empty_report(settings: Settings, title: str) -> Report:
         generator=GENERATOR,
         title=title,
         settings=settings,
-        metrics=[
-            MetricEntry(
-                key=metric.key,
-                title=metric.title,
-                unit=metric.unit,
-                higher_is_better=metric.higher_is_better,
-                definition=metric.definition,
-                source=metric.source,
-            )
-            for metric in METRICS.values()
-        ],
+        metrics=metric_entries(),
         scores=[],
         runs=[],
         cells=[],

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from jinja2 import ChoiceLoader, Environment, PackageLoader
 from markupsafe import Markup
 
-from bitquake.leaderboard.board_file import LEVELS, BoardFile, SubmissionEntry, page_of
+from bitquake.leaderboard.board_file import LEVELS, SAME_SCORES, BoardFile, SubmissionEntry, page_of
 from bitquake.leaderboard.eee import EEE_VERSION
 from bitquake.leaderboard.method import FORMULAS
 from bitquake.leaderboard.model_page import ModelPage
@@ -116,7 +116,16 @@ def render_model(
     return (
         environment()
         .get_template("board_model.html")
-        .render(foot=FOOT, levels=LEVELS, view=view, submission=submission, twin=twin, run=run, page=page)
+        .render(
+            foot=FOOT,
+            levels=LEVELS,
+            same_scores=SAME_SCORES,
+            view=view,
+            submission=submission,
+            twin=twin,
+            run=run,
+            page=page,
+        )
     )
 
 

@@ -15,6 +15,8 @@ from bitquake.tasks.scoring.gold import Gold
 
 CONSTANT_FROM = 20
 """From so many samples on, one single confidence for all of them is no confidence."""
+MOST_CONFIDENCES = 16
+"""Confidences by different names in one task; each costs a bootstrap of its own."""
 ORACLE_AUROC = 0.999
 ORACLE_FROM = 20
 """An AUROC above this on so many right and as many wrong answers is no model's: it comes from the gold answers."""
@@ -173,9 +175,16 @@ def _records(manifest: Manifest, board: Board, task: str, rows: Sequence[Row], w
     findings = [
         Finding(code, where, f"{len(ids)} records {what}", _some(ids), fix) for (code, what, fix), ids in odd.items()
     ]
-    names = sorted({name for row in rows for name in row.confidence})
-    for name in names:
-        values = [value for row in rows if (value := row.confidence.get(name)) is not None]
+    values_of: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.confidence.items():
+            if value is not None:
+                values_of.setdefault(name, []).append(value)
+    if len(values_of) > MOST_CONFIDENCES:
+        what = f"the records have {len(values_of)} confidences by different names; {MOST_CONFIDENCES} are allowed"
+        findings.append(Finding("confidence-name", where, what, fix="submit what the run recorded"))
+        return findings
+    for name, values in sorted(values_of.items()):
         if len(values) >= CONSTANT_FROM and len(set(values)) == 1:
             what = f"the confidence {name} is {values[0]:g} for all of {len(values)} answers"
             fix = "submit a confidence of each answer"

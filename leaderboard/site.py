@@ -25,6 +25,8 @@ from pydantic import BaseModel, ValidationError
 
 import bitquake.leaderboard
 import bitquake.metrics
+import bitquake.quant_card
+import bitquake.records
 import bitquake.reports
 import bitquake.tasks.scoring
 from bitquake.leaderboard import pages
@@ -51,7 +53,7 @@ from bitquake.leaderboard.numbers import (
 )
 from bitquake.leaderboard.recompute import gold_file
 from bitquake.leaderboard.submission import MANIFEST_FILE, Submission, read_submission
-from bitquake.leaderboard.validate import REPRODUCTIONS_FILE, all_submissions, validate
+from bitquake.leaderboard.validate import REPRODUCTIONS_FILE, all_submissions, twin_refused, validate
 from bitquake.leaderboard.views import BoardView
 from bitquake.reports import exports
 from bitquake.reports.problems import ReportError
@@ -254,6 +256,9 @@ def _standing(
             standing[name] = _Standing(found[name], known.level)
         else:
             refused.append((name, tuple(known.findings)))
+    # A copy of its twin's records, which only the twin's own verdict knows of, may have brought the twin down.
+    for name in [name for name, one in standing.items() if (one.submission.manifest.twin or name) not in standing]:
+        refused.append((name, (str(twin_refused(standing.pop(name).submission)),)))
     return standing, sorted(refused)
 
 
@@ -419,8 +424,10 @@ def _source_date() -> int | None:
 
 @cache
 def _code() -> str:
-    """One hash over the code, templates and data that make verdicts, numbers and pages."""
-    found = hashlib.sha256()
+    """One hash over the version, code, templates and data that make verdicts, numbers and pages."""
+    found = hashlib.sha256(GENERATOR.encode())
+    for module in (bitquake.quant_card, bitquake.records):
+        found.update(Path(str(module.__file__)).read_bytes() + b"\0")
     for package in (bitquake.leaderboard, bitquake.metrics, bitquake.reports, bitquake.tasks.scoring):
         root = Path(next(iter(package.__path__)))
         for path in sorted(root.rglob("*")):

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitquake.leaderboard.board_file import SAME_SCORES
 from bitquake.leaderboard.boards import Board, BoardError, load_board
 from bitquake.leaderboard.card_checks import check_card
 from bitquake.leaderboard.findings import MOST_SHOWN, Finding, SubmissionError, refuse, shown
@@ -33,8 +34,6 @@ from bitquake.tasks.scoring.gold import Gold, GoldError
 
 Level = Literal["refused", "withdrawn", "self-reported", "recomputed", "reproduced"]
 REPRODUCTIONS_FILE = "reproductions.yaml"
-SAME_SCORES = 0.99
-"""Share of samples on which a reproduction scores what the original does: kernels of other machines flip a few."""
 _EXACT_TWIN = "the full-precision submission that it is compared with"
 
 
@@ -80,6 +79,7 @@ def validate(
     *,
     gold: Path | None = None,
     base: str | None = None,
+    root: Path | None = None,
     boards: Path | None = None,
 ) -> list[Verdict]:
     """Check submissions, each by itself; a twin is looked for beside its submission.
@@ -87,7 +87,8 @@ def validate(
     Args:
         folders: the submissions' folders.
         gold: folder of gold files, see ``recompute.GoldFolder``; without the pinned ones a row stays self-reported.
-        base: a commit: what it holds of the folders around ``folders`` must still be there, unchanged.
+        base: a commit: what it holds of the folders around ``folders``, and of ``root``, must be there as it was.
+        root: the folder of all submissions, whose history counts even when none is left in it.
         boards: folder of board files; None: those of the package.
 
     Returns:
@@ -103,7 +104,7 @@ def validate(
     _refuse_copies(verdicts)
     _note_reproductions(verdicts, checker)
     if base is not None:
-        _add_history(verdicts, base)
+        _add_history(verdicts, base, [] if root is None else [root.absolute()])
     return list(verdicts.values())
 
 
@@ -201,8 +202,7 @@ class _Checker:
             return [Finding("twin-missing", where, f"{_EXACT_TWIN} is not there", manifest.twin, fix)]
         verdict, twin = self.check(folder)
         if verdict.submission is None:
-            what = f"its twin is refused ({', '.join(sorted({one.code for one in verdict.findings}))})"
-            return [Finding("twin-refused", where, what, manifest.twin, "mend the twin first")]
+            return [twin_refused(submission, ", ".join(sorted({one.code for one in verdict.findings})))]
         if twin is None:
             return [Finding("twin-quantized", where, "its twin is quantized itself", manifest.twin, fix)]
         if verdict.submission.manifest.board != manifest.board:
@@ -269,6 +269,20 @@ def _refuse_copies(verdicts: dict[Path, Verdict]) -> None:
                 what = f"these are the records of {first.name}, which is another model"
                 finding = Finding("records-copied", f"{submission.name}/{RECORDS_FILE}", what)
                 verdicts[key] = Verdict(submission.name, "refused", (finding,))
+    refused = {key for key, verdict in verdicts.items() if not verdict.ok}
+    for key, verdict in verdicts.items():
+        if (
+            verdict.submission is not None
+            and verdict.submission.manifest.twin
+            and key.parent / verdict.submission.manifest.twin in refused
+        ):
+            verdicts[key] = Verdict(verdict.name, "refused", (twin_refused(verdict.submission),))
+
+
+def twin_refused(submission: Submission, why: str = "records-copied") -> Finding:
+    """That a submission is compared with one that does not stand."""
+    where, twin = f"{submission.name}/{MANIFEST_FILE}: twin", submission.manifest.twin
+    return Finding("twin-refused", where, f"its twin is refused ({why})", shown(twin), "mend the twin first")
 
 
 def _note_reproductions(verdicts: dict[Path, Verdict], checker: _Checker) -> None:
@@ -313,8 +327,8 @@ def _not_reproduced(verdict: Verdict, other: Path, checker: _Checker) -> str:
     return "" if share >= SAME_SCORES else f"only {share:.1%} of the samples have the same score"
 
 
-def _add_history(verdicts: dict[Path, Verdict], base: str) -> None:
-    for root in sorted({key.parent for key in verdicts}):
+def _add_history(verdicts: dict[Path, Verdict], base: str, roots: Sequence[Path]) -> None:
+    for root in sorted({*roots, *(key.parent for key in verdicts)}):
         for finding in changed_since(base, root):
             key = root / finding.where
             known = verdicts.get(key)

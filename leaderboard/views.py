@@ -22,7 +22,7 @@ from bitquake.reports.schema import (
     Unit,
     ValueEntry,
 )
-from bitquake.reports.views import WORLDS, condition_order, slug
+from bitquake.reports.views import WORLDS, caution_note, condition_order, slug
 
 BOARD_METRICS = (
     *("accuracy", "aurc", "coverage_at_risk_1", "coverage_at_risk_5", "phi_10", "phi_100"),
@@ -243,7 +243,7 @@ class BoardView:
         shown = [cell.metrics[key] for cell in cells for key in BOARD_METRICS]
         cautions = {value.caution for value in shown if value.caution}
         if cautions:
-            notes.append(f"† Shown, but not to be ranked by: {'; '.join(sorted(cautions))}.")
+            notes.append(caution_note(sorted(cautions)))
         missing = {
             value.note for cell in cells for value in cell.metrics.values() if value.value is None and value.note
         }

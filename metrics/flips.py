@@ -15,6 +15,7 @@ from scipy.special import bdtr
 
 from .bootstrap import DRAWS_AT_ONCE, check_level, check_pair, cluster_draws, interval
 from .samples import BoolArray, FloatArray, IntArray, OrderedSamples, Samples, ratio
+from .transfer import exact_interval
 
 
 class Flips(NamedTuple):
@@ -136,7 +137,10 @@ def _flipped(candidate: Samples, baseline: Samples) -> tuple[OrderedSamples, Boo
 def _rates(
     samples: OrderedSamples, flipped: BoolArray, which: IntArray, bins: int, replicates: int, seed: int, level: float
 ) -> list[tuple[float, float, float]]:
-    """Rate of flips in each bin with its interval (lo, hi); `which`: (n,) bin of each sample, -1 for none."""
+    """Rate of flips in each bin with its interval (lo, hi), never narrower than the exact binomial one.
+
+    which: (n,) bin of each sample, -1 for none.
+    """
     check_level(level)
     if replicates < 1:
         raise ValueError(f"replicates must be at least 1, got {replicates}")
@@ -154,7 +158,11 @@ def _rates(
         drawn = counts @ totals
         draws[start : start + len(counts)] = ratio(drawn[:, bins:], drawn[:, :bins])
         start += len(counts)
-    return [
-        (float(rate[b]), *interval(rate[b], draws[:, b], samples.n_clusters, level, (0.0, 1.0))[:2])
-        for b in range(bins)
-    ]
+    out = []
+    for b in range(bins):
+        lo, hi, _ = interval(rate[b], draws[:, b], samples.n_clusters, level, (0.0, 1.0))
+        if not np.isnan(lo):
+            least, most = exact_interval(float(sums[bins + b]), float(sums[b]), level)
+            lo, hi = min(lo, least), max(hi, most)
+        out.append((float(rate[b]), lo, hi))
+    return out

@@ -6,7 +6,8 @@ and the intervals hold the luck of both.
 
 Intervals are percentile intervals as in bootstrap.py, and never narrower than the exact binomial interval of as many
 independent answers (Clopper & Pearson 1934): resampling cannot see the errors that did not happen to occur, and would
-call a risk of 0 in 20 answers certain.
+call a risk of 0 in 20 answers certain. In 400 simulated studies of 1,000 and of 3,750 questions, 95 % intervals held
+the true risk in 96 to 97 % and the true coverage in 94 to 95 %, and no verdict was wrong (test_interval_coverage.py).
 """
 
 from __future__ import annotations

@@ -9,17 +9,16 @@ from importlib import resources
 from pathlib import Path
 
 from bitquake import __version__
-from bitquake.metrics import METRICS
 from bitquake.reports import exports
 from bitquake.reports.comparison import compare_groups
-from bitquake.reports.entries import LEVEL
+from bitquake.reports.entries import LEVEL, metric_entries
 from bitquake.reports.formatting import clean_text
 from bitquake.reports.pages import render_pages
 from bitquake.reports.pairing import pair_runs
 from bitquake.reports.problems import Problem, ReportError
 from bitquake.reports.reliability_csv import to_reliability_csv
 from bitquake.reports.runs import Inputs, read_runs
-from bitquake.reports.schema import InputEntry, MetricEntry, ProblemEntry, Report, Settings
+from bitquake.reports.schema import InputEntry, ProblemEntry, Report, Settings
 from bitquake.reports.site import check_replaceable, write_site
 
 
@@ -98,17 +97,7 @@ def build(
         generator=f"bitquake {__version__}",
         title=title,
         settings=Settings(replicates=replicates, seed=seed, level=LEVEL, common_samples=common_samples),
-        metrics=[
-            MetricEntry(
-                key=metric.key,
-                title=metric.title,
-                unit=metric.unit,
-                higher_is_better=metric.higher_is_better,
-                definition=metric.definition,
-                source=metric.source,
-            )
-            for metric in METRICS.values()
-        ],
+        metrics=metric_entries(),
         scores=[numbers.scores[name] for name in sorted(numbers.scores)],
         runs=numbers.runs,
         cells=numbers.cells,

@@ -6,12 +6,27 @@ from typing import Literal
 
 import numpy as np
 
-from bitquake.metrics import Estimate, Metric, interval
+from bitquake.metrics import METRICS, Estimate, Metric, interval
 from bitquake.metrics.samples import FloatArray
-from bitquake.reports.schema import DifferenceEntry, Effect, ValueEntry
+from bitquake.reports.schema import DifferenceEntry, Effect, MetricEntry, ValueEntry
 
 LEVEL = 0.95
 Verdict = Literal["tied", "higher", "lower"]
+
+
+def metric_entries() -> list[MetricEntry]:
+    """Every metric with its definition, as reports state them."""
+    return [
+        MetricEntry(
+            key=metric.key,
+            title=metric.title,
+            unit=metric.unit,
+            higher_is_better=metric.higher_is_better,
+            definition=metric.definition,
+            source=metric.source,
+        )
+        for metric in METRICS.values()
+    ]
 
 
 def estimate_entry(estimate: Estimate, caution: str = "", difference: DifferenceEntry | None = None) -> ValueEntry:

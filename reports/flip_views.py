@@ -33,16 +33,18 @@ def flip_table(cells: Sequence[CellEntry], runs: Mapping[str, RunEntry], conditi
             rows[cell.kind == "noise"].append(TableRow(runs[cell.run], conditions[cell.task], _cells(cell.flips)))
     if not rows[False] and not rows[True]:
         return None
+    n_tests = max(cell.flips.n_tests for cell in cells if cell.flips is not None)
     columns = [
         Column("Flipped", "%", "share of answers that are right in one and wrong in the other"),
         Column("Right → wrong", "answers"),
         Column("Wrong → right", "answers"),
-        Column("p, adjusted", "", "exact McNemar test, Benjamini-Hochberg over all tests of this world"),
+        Column("p, adjusted", "", f"exact McNemar test, Benjamini-Hochberg over {n_tests} tests"),
     ]
     return Table(
         "Flipped answers",
         "Answers that are right (score of at least one half) at full precision and wrong here, or the other way. Equal "
-        "accuracy can hide many of them. Tied: nothing shows that they go one way.",
+        "accuracy can hide many of them. Tied: nothing shows that they go one way. The test takes the "
+        "questions of one image for independent; the interval of the share does not.",
         columns,
         rows[False] or rows[True],
         rows[True] if rows[False] else [],

@@ -43,9 +43,9 @@ def interval(lo: float, hi: float, unit: Unit, *, signed: bool = False, digits: 
 
 
 def difference_digits(difference: DifferenceEntry, unit: Unit) -> int:
-    """One more digit where a difference that is no tie would read as zero."""
+    """One more digit where a difference that is no tie, or the end of its interval next to zero, would read as zero."""
     digits = _DIGITS[unit]
-    scaled = abs(difference.delta) * SCALE[unit]
+    scaled = min(abs(difference.delta), abs(difference.lo), abs(difference.hi)) * SCALE[unit]
     return digits + 1 if difference.effect != "tied" and scaled < 0.5 * 10**-digits else digits
 
 

@@ -177,15 +177,16 @@ def index_transfers(view: Arrangement, world: str) -> IndexTransfers | None:
 
 
 def _summary(found: Sequence[TransferEntry], runs: Mapping[str, RunEntry], names: Mapping[str, str]) -> list[str]:
-    """The worst promise in words, and how many were kept."""
+    """The worst promise in words, of a quantized run where there is one, and how many were kept."""
     primary = [t for t in found if not t.confidence.startswith("selector")]
     judged = [t for t in primary if t.verdict != "empty"]
     if not judged:
         return ["No threshold reaches a tolerated risk on clean full precision, so nothing is answered anywhere."]
-    worst = worst_first(judged)[0]
+    worst = worst_first([t for t in judged if runs[t.run].role == "quantized"] or judged)[0]
     counts = {v: sum(t.verdict == v for t in judged) for v in ("kept", "broken", "open")}
+    titles = ", ".join(dict.fromkeys(confidence_title(t.confidence) for t in judged))
     told = (
-        f"Of {len(judged)} promises (model × condition × tolerated risk, {confidence_title(worst.confidence)}) "
+        f"Of {len(judged)} promises (model × condition × tolerated risk, {titles}) "
         f"{counts['kept']} are kept, {counts['broken']} broken, {counts['open']} not decided by these samples."
     )
     return [transfer_sentence(worst, runs[worst.run], names[worst.task]), told]

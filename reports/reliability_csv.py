@@ -38,11 +38,14 @@ def to_reliability_csv(report: Report) -> str:
                 "model": spreadsheet_text(entry.label),
                 "quantization": spreadsheet_text(entry.quantization),
                 "run": run,
-                **{key: spreadsheet_text(value) if isinstance(value, str) else value for key, value in where.items()},
-                **{key: repr(value) if isinstance(value, float) else value for key, value in row.items()},
+                **{key: _cell(value) for key, value in {**where, **row}.items()},
             }
         )
     return buffer.getvalue()
+
+
+def _cell(value: object) -> object:
+    return spreadsheet_text(value) if isinstance(value, str) else repr(value) if isinstance(value, float) else value
 
 
 def _rows(report: Report, cells: dict[tuple[str, str], CellEntry]) -> Iterator[tuple[str, Row, Row]]:

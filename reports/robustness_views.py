@@ -88,8 +88,8 @@ def interaction_table(
     return Table(
         "Does quantization make the model more fragile?",
         "Difference in differences: the change against full precision in the condition, less the same change on clean "
-        "images. Tied: the condition costs the quantized model no more than it costs full precision. One that has "
-        "little left to lose looks better here: read it beside the values. [95 % interval]",
+        "images. Tied: nothing shows that the condition costs the quantized model more than full precision, or less. "
+        "One that has little left to lose looks better here: read it beside the values. [95 % interval]",
         columns,
         rows[False],
         rows[True],

@@ -566,8 +566,9 @@ def command_line(results: Mapping[str, Any]) -> str:
         words += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
     words += ["--tasks", ",".join(sorted(_mapping(results.get("n-samples"))))]
     for option in ("batch_size", "device", "limit", "offset", "gen_kwargs"):
-        if config.get(option):
-            words += [f"--{option}", str(config[option])]
+        if value := config.get(option):
+            # lmms-eval reads a limit as a float, of which a part below 1 is a share
+            words += [f"--{option}", f"{value:g}" if isinstance(value, float) else str(value)]
     return " ".join([*words, "--log_samples", "--output_path", "OUT"])
 
 

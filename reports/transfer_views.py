@@ -31,12 +31,17 @@ def worst_first(transfers: Sequence[TransferEntry]) -> list[TransferEntry]:
 
 
 def transfer_sentence(entry: TransferEntry, run: RunEntry, condition: str) -> str:
-    """``Chosen on clean full-precision answers for at most 5 % risk; in fog 3 INT4 really takes 9.1 % [8.0, 10.3]``."""
+    """``A MaxProb threshold chosen on clean full precision for at most 5 % risk: in fog 3 INT4 really takes 9 % …``."""
     target = f"{100 * entry.risk_target:g} %"
-    start = f"Chosen on clean full-precision answers for at most {target} risk; in {condition} {run.quantization}"
+    chosen = (
+        f"A {confidence_title(entry.confidence)} threshold chosen on clean full precision for at most {target} risk"
+    )
+    start = f"{chosen}: in {condition} {run.quantization}"
+    if entry.verdict == "empty":
+        return f"{start} answers nothing with it."
     coverage = f"{_percent(entry.coverage)} of the questions"
     if entry.risk.value is None:
-        return f"{start} answers nothing with it."
+        return f"{start} takes a risk that these samples give no interval of, answering {coverage}."
     return f"{start} really takes {_percent(entry.risk)}, answering {coverage}."
 
 

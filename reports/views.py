@@ -54,6 +54,7 @@ WORLDS = {
         "to a real network and that every stage works; they say nothing about a large model on a public benchmark.",
     ),
 }
+CAUTION = "† Shown, but not to be ranked by: "
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ class Arrangement:
                 notes.append(f"{self.runs[cell.run].name} stands without a comparison: {cell.reason}.")
         notes += [f"{', '.join(titles)} not available: {note}." for note, titles in missing.items()]
         if cautions:
-            notes.append(f"† Shown, but not to be ranked by: {'; '.join(cautions.values())}.")
+            notes.append(caution_note(cautions.values()))
         if caution := scores.headline(first.protocol, ()).caution:
             notes.append(caution)
         if first.threshold_task != f"{first.family}_threshold" and first.metrics["phi_1"].value is not None:
@@ -482,6 +483,11 @@ class Arrangement:
 def group_key(run: RunEntry) -> str:
     """Id of the run that heads this run's group."""
     return run.twin or run.id
+
+
+def caution_note(cautions: Iterable[str]) -> str:
+    """Why the figures that a dagger marks must not be ranked by, in one note."""
+    return f"{CAUTION}{'; '.join(cautions)}."
 
 
 def slug(text: str) -> str:

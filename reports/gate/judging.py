@@ -139,6 +139,10 @@ def _first_verdict(one: Asked) -> Check:
         return check
     if one.fails_at(rule.alpha):
         check.verdict, check.why = FAIL, "the whole interval lies beyond the limit"
+    elif seen.n_images < (few := images_needed(one.room, rule.alpha)):
+        check.undecided = True
+        takes = f"it takes {few:,}" if few < _NO_NUMBER else "no number of images can: allow a little"
+        check.why = f"{seen.n_images:,} images cannot exclude what none of them shows; {takes}"
     elif not one.within(hi if one.bad == "high" else lo):
         check.undecided = True
         check.why = "the interval holds the limit"
@@ -146,10 +150,6 @@ def _first_verdict(one: Asked) -> Check:
             needed = samples_needed(lo, hi, seen.n, one.room, level=2 * rule.confidence - 1)
             if needed > seen.n:
                 check.why += f"; to see a change as small as the allowed one takes about {_rounded(needed)} samples"
-    elif seen.n_images < images_needed(one.room, rule.alpha):
-        check.undecided = True
-        few = images_needed(one.room, rule.alpha)
-        check.why = f"{seen.n_images:,} images cannot exclude what none of them shows; it takes {few:,}"
     else:
         check.verdict, check.why = PASS, "the whole interval lies within the limit"
     return check

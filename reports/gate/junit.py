@@ -74,10 +74,12 @@ def _numbers(check: Check) -> dict[str, str]:
         "candidate": check.candidate,
         "baseline": check.baseline,
     }
-    unit = " %" if check.unit == "percent" else ""
-    numbers = {
-        name: shown(value, check.unit).replace("−", "-") + unit for name, value in found.items() if value is not None
-    }
+    numbers = {}
+    for name, value in found.items():
+        if value is not None:
+            is_change = check.baseline is not None and name not in ("candidate", "baseline")
+            unit = "" if check.unit != "percent" else " points" if is_change else " %"
+            numbers[name] = shown(value, check.unit).replace("−", "-") + unit
     return numbers | {"samples": f"{check.n}", "images": f"{check.n_images}"}
 
 

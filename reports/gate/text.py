@@ -10,8 +10,9 @@ from bitquake.reports.gate.results import CANNOT_JUDGE, FAIL, PASS, GateResult, 
 
 def verdict_text(result: GateResult) -> str:
     """A table for each rule, then one line that says it all."""
+    unnamed = "none" if result.candidate else "unknown"  # nothing was read: neither model has a name
     parts = [
-        f"candidate  {clean_text(result.candidate) or 'unknown'}\nbaseline   {clean_text(result.baseline) or 'none'}"
+        f"candidate  {clean_text(result.candidate) or 'unknown'}\nbaseline   {clean_text(result.baseline) or unnamed}"
     ]
     for index, title in enumerate(result.rules):
         checks = [check for check in result.checks if check.rule == index]
@@ -31,7 +32,7 @@ def verdict_text(result: GateResult) -> str:
                     else "–",
                     ("≥ " if check.too == "low" else "≤ ") + shown(check.limit, unit, signed=change),
                     f"{check.n:,}" if check.n else "–",
-                    clean_text(check.why, 300),
+                    "see below" if check.why in result.problems else clean_text(check.why, 300),
                 ]
             )
         head = ["", "task", "baseline", "candidate", "change", "bounds", "allowed", "samples", "why"]
@@ -45,5 +46,6 @@ def verdict_text(result: GateResult) -> str:
         for verdict, word in ((PASS, "passed"), (FAIL, "failed"), (CANNOT_JUDGE, "cannot be judged"))
         if result.count(verdict)
     )
-    parts.append(f"{result.verdict.upper()}: of {len(result.checks)} checks {counts}")
+    checked = "1 check" if len(result.checks) == 1 else f"{len(result.checks)} checks"
+    parts.append(f"{result.verdict.upper()}: of {checked} {counts}")
     return "\n\n".join(parts)

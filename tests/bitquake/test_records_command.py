@@ -157,8 +157,8 @@ def test_missing_answers_are_counted_named_and_never_dropped(
     arguments = ["records", "import", str(table), "--task", "block_vqav2_clean", "--model", "m", "--limit", "20"]
     assert cli.main([*arguments, "--out", str(tmp_path / "a")]) == 1
     shown = capsys.readouterr().out
-    assert f"1 samples have no answer ({gone})" in shown and "19 of 20 samples imported" in shown
-    assert "1 rows name no expected sample of block_vqav2_clean, left out: test-999" in shown
+    assert f"1 sample has no answer ({gone})" in shown and "19 of 20 samples imported" in shown
+    assert "1 row names no expected sample of block_vqav2_clean, left out: test-999" in shown
     inputs = read_runs_or_problems(tmp_path / "a")
     assert "block_vqav2_clean is incomplete: 19 of 20 samples" in inputs
     assert cli.main([*arguments, "--out", str(tmp_path / "b"), "--missing-as-failures"]) == 0

@@ -356,6 +356,11 @@ def _json_forms() -> Iterator[Case]:
             change = lambda data: data.replace(b"{", b'{"task":"x",', 1)  # noqa: E731
         edit = _line(3, lambda line, change=change: change(line.encode()))  # type: ignore[misc]
         yield Case(f"record: {name}", codes, edit, where=f"{RECORDS}:4")
+    # Takes an hour where each key is looked for among all others.
+    keys = b"".join(b'"%d":1,' % number for number in range(90_000))
+    for file in (MANIFEST, CARD):
+        many = _raw(file, lambda data: b"{" + keys + b'"89999":1}')
+        yield Case(f"{file}: the last of many keys twice", ("json-duplicate-key",), many, where=file)
     crlf = _line(2, lambda line: f"{line}\r")
     yield Case("record: carriage return", ("line-end",), crlf, where=f"{RECORDS}:3")
     yield Case("record: empty line", ("json-syntax",), _line(2, lambda line: ""), where=f"{RECORDS}:3")
@@ -486,6 +491,12 @@ def _confidences(gold: dict[str, dict[str, Any]]) -> Iterator[Case]:
     yield Case("confidence left out", ("confidence-missing",), _drop("rows", 7, "confidence", "joint"), where=ADVQA)
     yield Case("no confidence", ("confidence-missing",), _set("rows", 70, "confidence", to={}), where=NOISE)
     yield Case("confidence of another name", ("confidence-name",), _set("rows", 7, "confidence", "mine", to=0.5))
+
+    def a_name_for_each_row(draft: Draft) -> None:
+        for number, row in enumerate(draft.of_task(ADVQA)):
+            row["confidence"][f"selector_{number}"] = 0.5
+
+    yield Case("a Selector of another name in each record", ("confidence-name",), a_name_for_each_row, where=ADVQA)
 
     def constant(task: str, name: str, value: float) -> Edit:
         def edit(draft: Draft) -> None:

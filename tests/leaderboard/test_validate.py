@@ -17,6 +17,7 @@ from bitquake.leaderboard.boards import load_board
 from bitquake.leaderboard.findings import Finding, SubmissionError
 from bitquake.leaderboard.history import HistoryError, changed_since
 from bitquake.leaderboard.recompute import load_runs
+from bitquake.leaderboard.site import build_site
 from bitquake.leaderboard.submission import read_submission
 from bitquake.leaderboard.validate import Verdict, all_submissions, validate
 from bitquake.quant_card import QuantCard
@@ -90,6 +91,25 @@ def test_the_same_records_cannot_be_two_models(root: Path, gold: Path, boards: P
     other.write(root)
     found = judge(root, gold, boards)
     assert codes(found["zzz__block__int3"]) == ["records-copied"] and found[INT4].ok
+
+
+def test_what_is_compared_with_a_copy_falls_with_it(root: Path, gold: Path, boards: Path) -> None:
+    copy = renamed(root, FULL, "zzz__block__bf16")
+    copy.card["weights_hash"] = "0" * 32  # so it says that it is another model
+    copy.raw["records.jsonl.zst"] = (root / FULL / "records.jsonl.zst").read_bytes()
+    copy.write(root)
+    quantized = renamed(root, INT4, "zzz__block__int4", twin="zzz__block__bf16")
+    quantized.rows[0]["confidence"]["joint"] = 0.123456
+    quantized.write(root)
+    found = judge(root, gold, boards)
+    assert codes(found["zzz__block__bf16"]) == ["records-copied"]
+    assert codes(found["zzz__block__int4"]) == ["twin-refused"] and found[INT4].ok and found[FULL].ok
+    board = load_board("corpus", boards)
+    built = build_site(
+        [board], root, gold, root.parent / "out", boards_folder=boards, replicates=20, cache_folder=root.parent / "c"
+    )
+    assert sorted(name for name, _ in built.refused) == ["zzz__block__bf16", "zzz__block__int4"]
+    assert {entry.name for entry in built.board.boards[0].submissions} == {FULL, INT4}
 
 
 def test_reproduced_only_when_listed_independent_and_equal(root: Path, gold: Path, boards: Path) -> None:
@@ -224,8 +244,31 @@ def test_history_takes_new_ones_and_keeps_old_ones(committed: Path, gold: Path, 
         f"- {{submission: {INT4}, reason: its calibration saw the test images}}\n"
     )
     by_name = {v.name: v for v in validate(all_submissions(committed), gold=gold, boards=boards, base="base")}
+    assert codes(by_name[INT4]) == ["history-removed"], "a proposal does not excuse itself"
+    git(committed, "add", "withdrawals.yaml")
+    git(committed, "commit", "-q", "-m", "listed by a maintainer", "--", "withdrawals.yaml")
+    by_name = {v.name: v for v in validate(all_submissions(committed), gold=gold, boards=boards, base="HEAD")}
     assert by_name[INT4].level == "withdrawn" and "saw the test images" in by_name[INT4].findings[0].what
     assert not by_name[FULL].ok, "a list of withdrawals excuses no change"
+
+
+def test_nobody_removes_all_of_them(committed: Path, gold: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(committed / INT4)
+    shutil.rmtree(committed / FULL)
+    (committed / "README.md").write_text("nothing is left")
+    command = ["leaderboard", "validate", "--all", "--submissions", str(committed), "--gold", str(gold)]
+    assert main(command) == 0
+    assert main([*command, "--base", "base"]) == 1
+    assert capsys.readouterr().out.count("history-removed") == 2
+
+
+def test_a_link_to_the_accepted_submissions_proves_nothing(committed: Path, tmp_path: Path) -> None:
+    (tmp_path / "proposed").mkdir()
+    for link, target in (("proposed/submissions", committed), ("elsewhere", committed.parent)):
+        (tmp_path / link).symlink_to(target)
+    for root in (tmp_path / "proposed" / "submissions", tmp_path / "elsewhere" / "submissions"):
+        with pytest.raises(HistoryError, match="is a link"):
+            changed_since("base", root)
 
 
 def test_history_notices_links_and_single_files(committed: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from run_folders import Model, Runs, Task, noisy
+from scipy.stats import binomtest
 
 from bitquake import cli
 from bitquake.gate_command import gate, load_rules
@@ -22,7 +23,8 @@ from bitquake.metrics import Samples, flips, transfer
 from bitquake.records import SampleRecord
 from bitquake.reports.gate import Check, GateError, GateResult, GateRules, GateSettings, rules_schema, to_junit
 from bitquake.reports.gate.judging import _first_verdict, _withdraw_failures, images_needed
-from bitquake.reports.gate.measures import Asked, Measured
+from bitquake.reports.gate.measures import Asked, GateRuns, Measured
+from bitquake.reports.runs import Inputs
 
 ROOT = Path(__file__).parents[2]
 FULL, INT4 = Model(), Model("rtn-int4-g64", 4, 0.3)
@@ -122,6 +124,42 @@ def test_bounds_and_verdicts_are_those_of_a_bootstrap_written_out(
         assert check.verdict == verdict, (limit, check)
 
 
+@pytest.mark.parametrize(("n_flips", "verdict"), [(1, "cannot judge"), (0, "pass")])
+def test_few_flips_are_held_to_the_exact_bound(n_flips: int, verdict: str) -> None:
+    """1 flip in 100 excludes 4.66 %, not 3 % as its bootstrap says: a gate at 4 % would pass 9 % of those that have 4.
+
+    With the bootstrap alone both pass.
+    """
+    right = np.ones(100)
+    wrong = np.where(np.arange(100) < n_flips, 0.0, 1.0)
+    rule = GateRules.model_validate({"rules": [{"flips": {"rate_at_most": 4}}]}).rules[0]
+    asked = Asked(0, rule, CLEAN.name)
+    images = [str(i) for i in range(100)]
+    runs = GateRuns(Inputs([], [], []), None, False, 2000, 0)
+    runs.flips([asked], Samples(wrong, None, images), Samples(right, None, images))
+    check = _first_verdict(asked)
+    assert check.verdict == verdict
+    assert check.hi == pytest.approx(binomtest(n_flips, 100).proportion_ci(0.9).high, abs=1e-9)
+
+
+def test_an_accuracy_that_only_falls_is_held_to_the_exact_bound() -> None:
+    """3 losses in 600 and no gain: 1.29 % cannot be excluded, and a bootstrap excludes all above 1 %."""
+    right, fallen = np.ones(600), np.where(np.arange(600) < 3, 0.0, 1.0)
+    rule = GateRules.model_validate({"rules": [{"metric": "accuracy", "may_fall": 1}]}).rules[0]
+    asked, images = Asked(0, rule, CLEAN.name), [str(i) for i in range(600)]
+    runs = GateRuns(Inputs([], [], []), None, False, 2000, 0)
+    pair = Samples(fallen, None, images), Samples(right, None, images)
+    runs.metrics([asked], pair, [None, None], "")
+    check = _first_verdict(asked)
+    assert check.verdict == "cannot judge"
+    assert check.lo == pytest.approx(-binomtest(3, 600).proportion_ci(0.9).high, abs=1e-9)
+    many = np.where(np.arange(600) % 2, 0.0, 1.0)
+    runs.metrics([asked], [Samples(many, None, images), Samples(1 - many, None, images)], [None, None], "")
+    assert asked.measured is not None
+    lo, hi, _ = asked.measured.bounds(0.05)
+    assert -lo == pytest.approx(hi, rel=0.1) and hi == pytest.approx(1.645 / 600**0.5, rel=0.05), "bootstrap, wider"
+
+
 def test_the_candidate_bears_the_burden_of_proof(folders: Runs, tmp_path: Path) -> None:
     """The same samples, limits and bounds; only the policy for the undecided differs."""
     [check] = judged(folders, tmp_path, {"metric": "accuracy", "may_fall": 1, "tasks": CLEAN.name}).checks
@@ -157,7 +195,10 @@ def test_flips_and_transfer_are_those_of_the_metrics_room(folders: Runs, tmp_pat
     )
     candidate, baseline = samples(folders, INT4, CLEAN), samples(folders, FULL, CLEAN)
     flipped = flips(candidate, baseline, replicates=1000, seed=0, level=0.9)
-    assert (result.checks[0].value, result.checks[0].lo, result.checks[0].hi) == pytest.approx(flipped[3:6], abs=1e-12)
+    exact = binomtest(flipped.right_to_wrong + flipped.wrong_to_right, flipped.n).proportion_ci(0.9)
+    bounds = min(flipped.lo, exact.low), max(flipped.hi, exact.high)
+    found = result.checks[0].value, result.checks[0].lo, result.checks[0].hi
+    assert found == pytest.approx((flipped.rate, *bounds), abs=1e-9)
     taken = transfer(
         samples(folders, FULL, THRESHOLD), samples(folders, INT4, FOG), 0.4, replicates=1000, seed=0, level=0.9
     )
@@ -192,12 +233,16 @@ def all_right(_: str, records: list[SampleRecord]) -> list[SampleRecord]:
 def test_runs_without_a_single_error_pass_only_with_enough_images(
     runs: Runs, tmp_path: Path, images: int, code: int
 ) -> None:
-    """Every replicate of such runs shows a loss of exactly 0: a bootstrap by itself would pass with five samples."""
+    """Every replicate of such runs shows a loss of exactly 0: a bootstrap by itself would pass with five samples.
+
+    The number of images and the exact bound agree on where that ends.
+    """
     task = Task(n=images, per_image=1)
     for model in (FULL, INT4):
         runs.write(model, [task], edit=all_right)
     result = judged(runs, tmp_path, {"metric": "accuracy", "may_fall": "2 points"})
-    assert (result.checks[0].lo, result.checks[0].hi) == (0.0, 0.0)
+    unseen = 1 - 0.05 ** (1 / images)
+    assert (result.checks[0].lo, result.checks[0].hi) == pytest.approx((-unseen, unseen), abs=1e-9)
     assert result.exit_code == code, result.checks
     assert ("148 images cannot exclude" in result.checks[0].why) == (code == 2)
 
@@ -207,7 +252,10 @@ def test_a_candidate_that_is_the_baseline_passes(folders: Runs, tmp_path: Path) 
     rules = ({"metric": "accuracy", "may_fall": 1}, {"metric": "ece_15", "may_rise": 2}, {"flips": {"rate_at_most": 1}})
     result = judged(folders, tmp_path, *({**r, "tasks": CLEAN.name} for r in rules), candidate=full)
     assert result.exit_code == 0
-    assert all(check.value == check.lo == check.hi == 0 for check in result.checks)
+    accuracy, error, flipped = result.checks
+    assert error.value == error.lo == error.hi == accuracy.value == flipped.value == flipped.lo == 0
+    unseen = 1 - 0.05 ** (1 / CLEAN.n)  # none seen is not none there
+    assert [accuracy.lo, accuracy.hi, flipped.hi] == pytest.approx([-unseen, unseen, unseen], abs=1e-9)
 
 
 def test_a_quantization_can_be_held_against_the_one_in_the_field(runs: Runs, tmp_path: Path) -> None:
@@ -328,7 +376,7 @@ def test_what_cannot_be_judged_ends_with_code_2_and_the_reason(
     )
     shown = capsys.readouterr().out
     assert code == 2, shown
-    assert "CANNOT JUDGE: of 1 checks 1 cannot be judged" in shown
+    assert "CANNOT JUDGE: of 1 check 1 cannot be judged" in shown
     [check] = json.loads(data.read_text())["checks"]
     assert said in check["why"]
     [error] = ElementTree.parse(junit).getroot().iter("error")
@@ -340,7 +388,7 @@ def test_exit_codes_of_pass_and_fail(folders: Runs, tmp_path: Path, capsys: pyte
     common = [*runs, "--artifacts", str(folders.artifacts), "--replicates", "500"]
     easy = {"metric": "accuracy", "may_fall": "40 points", "tasks": CLEAN.name}
     assert cli.main(["gate", *common, "--rules", str(written(tmp_path, easy))]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("PASS: of 1 checks 1 passed")
+    assert capsys.readouterr().out.rstrip().endswith("PASS: of 1 check 1 passed")
     hard = {"metric": "accuracy", "at_least": 99, "tasks": CLEAN.name}
     # A failure is certain whatever else cannot be judged.
     unknown = {"metric": "accuracy", "may_fall": 1, "tasks": "nothing"}
@@ -545,7 +593,7 @@ def test_junit_is_what_build_servers_read(folders: Runs, tmp_path: Path) -> None
     cases = [(case.get("name"), [child.tag for child in case]) for case in suites[1].findall("testcase")]
     assert cases == [(CLEAN.name, ["failure", "system-out"]), ("absent", ["error"])]
     properties = {p.get("name"): p.get("value") for p in suites[0].iter("property")}
-    value = float((properties[f"{CLEAN.name}: value"] or "").removesuffix(" %")) / 100
+    value = float((properties[f"{CLEAN.name}: value"] or "").removesuffix(" points")) / 100
     assert value == pytest.approx(next(c.value for c in result.checks if c.task == CLEAN.name), abs=5e-4)
     assert properties[f"{CLEAN.name}: samples"] == "900"
 

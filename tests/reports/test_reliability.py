@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import re
@@ -20,7 +21,9 @@ from bitquake.reports import ReportResult, build
 from bitquake.reports.confidences import FURTHER_METRICS
 from bitquake.reports.figures import Figure, panels
 from bitquake.reports.recalibration import RECALIBRATED_METRICS
+from bitquake.reports.reliability_csv import to_reliability_csv
 from bitquake.reports.schema import CellEntry, DifferenceEntry, TransferEntry, ValueEntry
+from bitquake.reports.transfer_views import transfer_sentence
 
 REPLICATES, SEED, N = 200, 5, 120
 SELECTORS = ("selector", "selector_transfer")
@@ -369,7 +372,7 @@ def test_the_page_says_the_worst_promise_in_words_and_numbers(lab: Lab) -> None:
     worst = max(primary, key=lambda t: (t.risk.value or 0) - t.risk_target)
     assert worst.risk.value is not None and worst.risk.lo is not None and worst.risk.hi is not None
     numbers = f"{100 * worst.risk.value:.1f} % [{100 * worst.risk.lo:.1f}, {100 * worst.risk.hi:.1f}]"
-    assert f"for at most {100 * worst.risk_target:g} % risk; in " in text
+    assert f"for at most {100 * worst.risk_target:g} % risk: in " in text
     assert f"{lab.names[worst.run]} really takes {numbers}" in text
     assert f"really takes {numbers}" in text_of((lab.site / "index.html").read_text())
     counts = {
@@ -385,6 +388,23 @@ def test_the_page_says_the_worst_promise_in_words_and_numbers(lab: Lab) -> None:
         "Does recalibration carry over?",
     ):
         assert title in text
+
+
+def test_a_risk_without_an_interval_is_no_silence(lab: Lab) -> None:
+    entry = next(t for t in lab.report.transfers if t.verdict == "broken")
+    run = next(run for run in lab.report.runs if run.id == entry.run)
+    none = entry.risk.model_copy(update={"value": None, "lo": None, "hi": None})
+    told = transfer_sentence(entry.model_copy(update={"risk": none, "verdict": "open"}), run, "fog 3")
+    assert "give no interval" in told and "answers nothing" not in told
+    assert "answers nothing" in transfer_sentence(
+        entry.model_copy(update={"risk": none, "verdict": "empty"}), run, "fog 3"
+    )
+
+
+def test_no_text_of_the_csv_is_a_formula(lab: Lab) -> None:
+    named = [t.model_copy(update={"confidence": "=1+1"}) for t in lab.report.transfers[:1]]
+    rows = csv.DictReader(io.StringIO(to_reliability_csv(lab.report.model_copy(update={"transfers": named}))))
+    assert {row["confidence"] for row in rows if row["about"] == "transfer"} == {"'=1+1"}
 
 
 def test_every_number_of_the_tables_stands_with_its_interval(lab: Lab) -> None:

@@ -462,7 +462,10 @@ def test_colours_have_enough_contrast(written: tuple[Runs, list[Path], ReportRes
         assert len({round(hue, 2) for hue in hues}) == 7
 
 
-@pytest.mark.parametrize("module", ["bitquake.reports", "bitquake.leaderboard"])
+@pytest.mark.parametrize(
+    "module",
+    ["bitquake.reports", "bitquake.reports.gate", "bitquake.leaderboard.site", "bitquake.leaderboard.submit"],
+)
 def test_needs_neither_torch_nor_lmms_eval(module: str) -> None:
     code = (
         f"import sys, {module}; print(sorted({{'torch', 'lmms_eval', 'datasets', 'transformers'}} & set(sys.modules)))"
