@@ -10,6 +10,8 @@ BOARDS ?= reliable_vqa block
 OFFLINE ?= block
 GOLD ?= .gold
 BASE ?=
+# Test processes side by side; each loads torch (1 GB), and computes on one thread.
+JOBS ?= 2
 
 .PHONY: demo test lint install board board-check
 .DEFAULT_GOAL := test
@@ -32,7 +34,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 $(BIN)/bitquake:
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -27,6 +27,8 @@ VERSION: Literal[1] = 1
 ENDING = ".jsonl.zst"
 SHORT = 8
 """Hex digits of a hash that are kept: enough to tell a task's samples apart."""
+INEXACT = "0" * SHORT
+"""Stands for the hash of a picture that every machine's codec decodes to other pixels."""
 
 MAX_FILE = 256 << 20
 MAX_TEXT = 1 << 30
@@ -46,8 +48,8 @@ class GoldError(ValueError):
 class GoldHeader(BaseModel):
     """What the samples of a gold file are; the values are those of the task's records.
 
-    n: number of samples; exact_pixels: whether ``pixels`` is the same on every machine (False where a noise or the
-    pictures' own format goes through a codec); annotators: reference answers of each sample (vqa), else 0.
+    n: number of samples; exact_pixels: whether pictures are the same on every machine (False where a noise or their own
+    format goes through a codec: then ``pixels`` is ``INEXACT`` for each); annotators: reference answers of each sample (vqa), else 0.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

@@ -170,7 +170,9 @@ def test_images_reach_the_processor_by_sample() -> None:
         num_image_tokens=16,
         vision_feature_select_strategy="full",
     )  # fmt: skip
-    wrapper: Any = SimpleNamespace(processor=processor, _encode_lock=threading.Lock())
+    wrapper: Any = SimpleNamespace(
+        processor=processor, _encode_lock=threading.Lock(), _positions=lambda samples, inputs: None
+    )
     samples = [
         Sample(
             index, "task", TaskContract(), GenerationRequest(4),

@@ -132,7 +132,8 @@ def test_answers_scored_again_are_the_records_to_the_bit(
         sample = gold.samples[record.sample_id]
         assert sample.image == record.image_id
         if record.failure in (None, "model"):
-            assert sample.pixels == short_pixels(record.pixel_hash) or (failed and not record.pixel_hash)
+            expected = short_pixels(record.pixel_hash) if gold.header.exact_pixels else "00000000"
+            assert sample.pixels == expected or (failed and not record.pixel_hash)
         assert sample.question == short_question(record.question_hash) != ""
         for name in ("family", "variant", "world", "dataset", "dataset_revision", "split", "part", "subset", "noise"):
             assert getattr(gold.header, name) == getattr(record, name), name
@@ -174,7 +175,7 @@ def test_pixels_are_those_of_the_noise_and_say_whether_they_are_exact(folder: Pa
         for row in pq.read_table(data_file(family, "test")).slice(0, 5).to_pylist():
             key = SampleKey(family, "test", row["sample_id"])
             noisy = apply(load_rgb(row["image"]["bytes"]), name, severity=3, key=key, mode="scaled")
-            assert gold.samples[row["sample_id"]].pixels == pixel_hash(noisy)[:8]
+            assert gold.samples[row["sample_id"]].pixels == (pixel_hash(noisy)[:8] if exact else "00000000")
         assert gold.header.exact_pixels is exact
 
 
