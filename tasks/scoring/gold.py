@@ -49,7 +49,8 @@ class GoldHeader(BaseModel):
     """What the samples of a gold file are; the values are those of the task's records.
 
     n: number of samples; exact_pixels: whether pictures are the same on every machine (False where a noise or their own
-    format goes through a codec: then ``pixels`` is ``INEXACT`` for each); annotators: reference answers of each sample (vqa), else 0.
+    format goes through a codec: then ``pixels`` is ``INEXACT`` for each); annotators: reference answers of each sample
+    (vqa), else 0.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
