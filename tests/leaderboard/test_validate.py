@@ -315,8 +315,8 @@ def test_the_command_line_says_it_with_its_exit_code(
     assert main([*command, "--all", "--submissions", str(root)]) == 1
     out = capsys.readouterr().out
     assert "error [file-missing] acme__x__y/manifest.json" in out and "2 valid, 1 refused" in out
-    assert main([*command, str(root / "absent__x__y")]) == 1
-    assert "not-a-folder" in capsys.readouterr().out
+    assert main([*command, str(root / "absent__x__y")]) == 2
+    assert "is no folder" in capsys.readouterr().err
     for wrong in ([], [str(root / INT4), "--all"], ["--all", "--submissions", str(tmp_path / "none")]):
         assert main([*command, *wrong]) == 2
     assert main(["leaderboard", "validate", "--gold", str(tmp_path / "none"), str(root / INT4)]) == 2
