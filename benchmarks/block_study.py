@@ -20,9 +20,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bitquake.leaderboard.boards import load_board
+from bitquake.demo import PRETRAINED, complete
+from bitquake.leaderboard.boards import load_board, tasks_by_limit
 
-PRETRAINED = "bitquake/block-idefics3"
 FULL = "full-precision"
 METHODS = ("rtn", "awq", "mbq", "gptq", "hqq")
 QUANTS = (FULL, *(f"{method}-int{bits}-g64" for bits in (4, 3, 8, 2) for method in METHODS))
@@ -33,11 +33,11 @@ _talk = threading.Lock()
 
 
 def commands(quant: str, folder: Path) -> list[tuple[Path, dict[str, int], list[str]]]:
-    """(output folder, tasks with their samples, command) for each --limit; --limit holds for all tasks of a command."""
+    """(output folder, tasks with their samples, command) for each --limit."""
     tasks = {task.task: task.n for task in load_board("block").tasks} | DEV
     found = []
-    for limit in sorted(set(tasks.values())):
-        chosen = {task: n for task, n in tasks.items() if n == limit}
+    for limit, names in sorted(tasks_by_limit(tasks).items()):
+        chosen = dict.fromkeys(names, limit)
         out = folder / "runs" / quant / str(limit)
         arguments = (
             f"pretrained={PRETRAINED},quant={quant},dtype=bfloat16,features=true,"
@@ -50,14 +50,6 @@ def commands(quant: str, folder: Path) -> list[tuple[Path, dict[str, int], list[
         ]
         found.append((out, chosen, command))
     return found
-
-
-def complete(out: Path, tasks: dict[str, int]) -> bool:
-    counts = {}
-    for path in out.rglob("*_samples_*.jsonl"):
-        with path.open("rb") as lines:
-            counts[path.stem.split("_samples_")[1]] = sum(1 for _ in lines)
-    return all(counts.get(task, 0) == n for task, n in tasks.items())
 
 
 def evaluate(quant: str, folder: Path, threads: int) -> bool:

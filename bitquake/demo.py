@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,20 +59,21 @@ def _fingerprint(quant: str, limit: int) -> str:
     return json.dumps([__version__, digest.hexdigest(), quant, TASKS, limit])
 
 
-def _complete(folder: Path, limit: int) -> bool:
-    """Completeness is judged by the samples: lmms-eval can fail and still end with code 0."""
+def complete(folder: Path, samples: Mapping[str, int]) -> bool:
+    """Whether a run's folder holds so many samples of each task: lmms-eval can fail and still end with code 0."""
     counts = {}
     for path in folder.rglob("*_samples_*.jsonl"):
         with path.open(encoding="utf-8") as lines:
             counts[path.stem.split("_samples_")[1]] = sum(1 for _ in lines)
-    return all(counts.get(task, 0) == limit for task in TASKS)
+    return all(counts.get(task, 0) == n for task, n in samples.items())
 
 
 def _evaluate(quant: str, out: Path, limit: int, threads: int) -> bool:
     """Run one model in its own process, its output in a log file; True when all of its samples are there."""
     folder, fingerprint = out / "runs" / quant, _fingerprint(quant, limit)
+    samples = dict.fromkeys(TASKS, limit)
     done = folder / _DONE
-    if done.is_file() and done.read_text() == fingerprint and _complete(folder, limit):
+    if done.is_file() and done.read_text() == fingerprint and complete(folder, samples):
         return True
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -84,7 +86,7 @@ def _evaluate(quant: str, out: Path, limit: int, threads: int) -> bool:
     with (out / "logs" / f"{quant}.log").open("wb") as log:
         arguments = command(quant, folder, out / "artifacts", out / "journal", limit)
         subprocess.run(arguments, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
-    if not _complete(folder, limit):
+    if not complete(folder, samples):
         return False
     done.write_text(fingerprint)
     return True

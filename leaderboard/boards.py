@@ -7,7 +7,7 @@ which references a row was scored against, and its rows stay self-reported.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -103,15 +103,20 @@ def with_gold(text: str, hashes: dict[str, str]) -> str:
     return text
 
 
-def evaluation_commands(board: Board, model_args: str) -> list[str]:
-    """The lmms-eval commands that answer a board: one for each number of samples, since ``--limit`` is per command."""
+def tasks_by_limit(samples: Mapping[str, int]) -> dict[int, list[str]]:
+    """Number of samples -> tasks, from task -> number: ``--limit`` holds for all tasks of a command of lmms-eval."""
     by_n: dict[int, list[str]] = {}
-    for task in board.tasks:
-        by_n.setdefault(task.n, []).append(task.task)
+    for task, n in samples.items():
+        by_n.setdefault(n, []).append(task)
+    return by_n
+
+
+def evaluation_commands(board: Board, model_args: str) -> list[str]:
+    """The lmms-eval commands that answer a board, one for each number of samples."""
     return [
         f"lmms-eval --model bitquake_hf --model_args {model_args} --tasks {','.join(tasks)} --limit {n} "
         "--log_samples --output_path OUT"
-        for n, tasks in by_n.items()
+        for n, tasks in tasks_by_limit({task.task: task.n for task in board.tasks}).items()
     ]
 
 
