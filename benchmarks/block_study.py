@@ -20,8 +20,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bitquake.demo import PRETRAINED, complete
+from bitquake.demo import PRETRAINED
 from bitquake.leaderboard.boards import load_board, tasks_by_limit
+from bitquake.suite.completeness import complete
 
 FULL = "full-precision"
 METHODS = ("rtn", "awq", "mbq", "gptq", "hqq")

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitquake import __version__
+from bitquake.importance_command import add_parser as add_importance
 from bitquake.leaderboard_command import add_parser as add_leaderboard
+from bitquake.run_command import add_parser as add_run
+from bitquake.train_command import add_parser as add_train
 
 EXIT_OK, EXIT_PROBLEM, EXIT_USAGE = 0, 1, 2
 
@@ -187,6 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     actions.add_parser("list", help="all named specs")
     show = actions.add_parser("show", help="one spec in full")
     show.add_argument("name")
+    taken = actions.add_parser("import", help="a configuration of mmq (uniform, GPTQ or AWQ) as a spec of ours")
+    taken.add_argument("file", type=Path, metavar="FILE.json")
+    taken.add_argument("--out", type=Path, metavar="FILE.yaml", help="write it here, for quant=FILE.yaml")
+    taken.add_argument("--kind", choices=("uniform", "gptq", "awq"), help="(default: what its keys say)")
 
     noise = commands.add_parser("noise", help="what the image and text noises do: look at them, try them")
     actions = noise.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -210,6 +217,9 @@ def _parser() -> argparse.ArgumentParser:
     sheet.add_argument("--width", type=int, default=1280, help="pixels (default 1280)")
 
     add_leaderboard(commands)
+    add_importance(commands)
+    add_run(commands)
+    add_train(commands)
 
     commands.add_parser("doctor", help="versions, devices, backends: what works here and what does not")
 
@@ -538,6 +548,10 @@ def _quants(options: argparse.Namespace) -> int:
 
     if options.action == "list":
         print(tabulate(catalog.quants_table(), headers="keys"))
+    elif options.action == "import":
+        from bitquake.model_wrappers.quantizers.mmq import import_mmq
+
+        print(import_mmq(options.file, options.out, kind=options.kind))
     else:
         print(catalog.describe_spec(options.name))
     return EXIT_OK
@@ -600,6 +614,18 @@ def _severities(written: Sequence[str]) -> list[int]:
     return [int(text) for text in dict.fromkeys(written)]
 
 
+def _importance(options: argparse.Namespace) -> int:
+    from bitquake.importance_command import run
+
+    return run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from bitquake import run_command
+
+    return run_command.run(options)
+
+
 def _leaderboard(options: argparse.Namespace) -> int:
     from bitquake import leaderboard_command
 
@@ -619,6 +645,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from bitquake import train_command
+
+    return train_command.run(options)
+
+
+def _train_reference(options: argparse.Namespace) -> int:
     import torch
 
     from bitquake.reference_recipe import recipe_from
@@ -647,9 +679,13 @@ _COMMANDS = {
     "quants": _quants,
     "noise": _noise,
     "leaderboard": _leaderboard,
+    "importance": _importance,
+    "run": _run,
+    "status": _run,
     "doctor": _doctor,
     "demo": _demo,
-    "train-reference": _train,
+    "train": _train,
+    "train-reference": _train_reference,
 }
 
 

@@ -10,12 +10,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitquake import __version__
+from bitquake.suite.completeness import complete
 
 if TYPE_CHECKING:
     from bitquake.leaderboard.site import SiteResult
@@ -57,15 +57,6 @@ def _fingerprint(quant: str, limit: int) -> str:
     for path in sorted(resolve(PRETRAINED).iterdir()):
         digest.update(path.read_bytes())
     return json.dumps([__version__, digest.hexdigest(), quant, TASKS, limit])
-
-
-def complete(folder: Path, samples: Mapping[str, int]) -> bool:
-    """Whether a run's folder holds so many samples of each task: lmms-eval can fail and still end with code 0."""
-    counts = {}
-    for path in folder.rglob("*_samples_*.jsonl"):
-        with path.open(encoding="utf-8") as lines:
-            counts[path.stem.split("_samples_")[1]] = sum(1 for _ in lines)
-    return all(counts.get(task, 0) == n for task, n in samples.items())
 
 
 def _evaluate(quant: str, out: Path, limit: int, threads: int) -> bool:

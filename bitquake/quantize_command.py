@@ -37,6 +37,7 @@ from bitquake.model_wrappers.quantizers.hashing import tensor_hash
 from bitquake.model_wrappers.quantizers.partial import PartialQuantization
 from bitquake.model_wrappers.quantizers.spec import LIBRARIES
 from bitquake.model_wrappers.quantizers.transformers_quantizer import LoadingHooks, make_savable
+from bitquake.model_wrappers.saving import move_in, save_aside
 from bitquake.quant_card import CARD_FILE, PARTIAL, Calibration, QuantCard
 
 if TYPE_CHECKING:
@@ -369,25 +370,9 @@ def _save(
     model: Any, card: QuantCard, source: str, out: Path, *, max_shard_size: str, revision: str | None, remote: bool
 ) -> None:
     """Write the checkpoint aside, then move it in; ``config.json``, without which it is none, comes last."""
-    from transformers import AutoProcessor
-
     aside = out / PARTIAL / "checkpoint"
-    shutil.rmtree(aside, ignore_errors=True)
-    with without_progress_bars():
-        model.save_pretrained(aside, max_shard_size=max_shard_size)
-    # as it was published: what load_processor changes for the evaluation is no part of the model
-    AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=remote).save_pretrained(aside)
-    (aside / CARD_FILE).write_text(card.to_json() + "\n", encoding="utf-8")
-    (aside / "README.md").write_text(_readme(card), encoding="utf-8")
-    (out / "config.json").unlink(missing_ok=True)
-    for old in (*out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")):
-        old.unlink()
-    for file in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
-        if file.is_file():
-            file.chmod(0o644)  # safetensors writes for the owner only
-        if (out / file.name).is_dir():
-            shutil.rmtree(out / file.name)
-        file.replace(out / file.name)
+    save_aside(model, aside, source=source, max_shard_size=max_shard_size, revision=revision, trust_remote_code=remote)
+    move_in(aside, out, texts={CARD_FILE: card.to_json() + "\n", "README.md": _readme(card)})
     shutil.rmtree(out / PARTIAL)
 
 

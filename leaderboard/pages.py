@@ -19,11 +19,11 @@ from bitquake.leaderboard.board_file import LEVELS, SAME_SCORES, BoardFile, Subm
 from bitquake.leaderboard.eee import EEE_VERSION
 from bitquake.leaderboard.method import FORMULAS
 from bitquake.leaderboard.model_page import ModelPage
-from bitquake.leaderboard.published import EVIDENCE, published_numbers
 from bitquake.leaderboard.view_pages import view_pages
 from bitquake.leaderboard.views import BoardView, TaskView, ViewPage
 from bitquake.metrics import METRICS
 from bitquake.reports import formatting, pages
+from bitquake.reports.published import EVIDENCE, published_numbers
 from bitquake.reports.schema import RunEntry, Settings
 from bitquake.reports.views import Arrangement
 

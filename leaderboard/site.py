@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -58,7 +57,7 @@ from bitquake.leaderboard.views import BoardView
 from bitquake.reports import exports
 from bitquake.reports.problems import ReportError
 from bitquake.reports.schema import Report, Settings
-from bitquake.reports.site import check_replaceable, write_site
+from bitquake.reports.site import check_replaceable, replace_file, write_site
 from bitquake.reports.views import Arrangement
 
 CSV_HEAD = ("board", "submission", "organisation", "level")
@@ -469,11 +468,4 @@ class _Store:
 
     def save(self, entry: BaseModel, key: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=self.folder, prefix=f".{key[:16]}.", suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(entry.model_dump_json())
-            os.replace(name, self.folder / f"{key}.json")
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        replace_file(self.folder / f"{key}.json", entry.model_dump_json().encode())

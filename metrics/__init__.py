@@ -31,7 +31,24 @@ from .calibration import (
     signed_miscalibration,
 )
 from .flips import FlipLevel, Flips, benjamini_hochberg, flips, flips_by_confidence, mcnemar
+from .forest import ForestImportance, ImportanceExtraError, forest_importance
+from .importance import (
+    Agreement,
+    Grid,
+    Share,
+    VarianceShares,
+    agreement,
+    complete_part,
+    consensus,
+    decompose,
+    grid,
+    leave_one_level,
+    type_two,
+    variance_shares,
+    without_lowest,
+)
 from .mixtures import MIXTURE_METRICS, SHARES, Mixture, mixture_curve
+from .pareto import Cheapest, cheapest, pareto_front
 from .power import minimum_detectable_accuracy_change, minimum_detectable_difference, samples_needed
 from .ranking import ranking_caution
 from .recalibration import Platt, Temperature, fit_platt, fit_temperature
@@ -59,18 +76,24 @@ from .selective import (
     phi_threshold,
     risk_coverage_curve,
 )
+from .sensitivity import Sensitivity, sensitivity
 from .transfer import Thresholds, Transfer, apply_thresholds, fit_thresholds, transfer
 
 __all__ = [
     "METRICS",
     "MIXTURE_METRICS",
     "SHARES",
+    "Agreement",
     "BoxCalibration",
+    "Cheapest",
     "Difference",
     "Estimate",
     "Figure",
     "FlipLevel",
     "Flips",
+    "ForestImportance",
+    "Grid",
+    "ImportanceExtraError",
     "Metric",
     "Mixture",
     "OperatingPoint",
@@ -81,10 +104,14 @@ __all__ = [
     "RiskCoverageCurve",
     "Run",
     "Samples",
+    "Sensitivity",
+    "Share",
     "Temperature",
     "Thresholds",
     "Transfer",
+    "VarianceShares",
     "accuracy",
+    "agreement",
     "apply_thresholds",
     "aurc",
     "aurc_oracle",
@@ -93,9 +120,13 @@ __all__ = [
     "bootstrap",
     "box_calibration",
     "brier",
+    "cheapest",
     "cluster_draws",
     "compare",
+    "complete_part",
+    "consensus",
     "coverage_at_risk",
+    "decompose",
     "difference_in_differences",
     "ece",
     "ece_equal_mass",
@@ -109,7 +140,10 @@ __all__ = [
     "fit_thresholds",
     "flips",
     "flips_by_confidence",
+    "forest_importance",
+    "grid",
     "interval",
+    "leave_one_level",
     "mcnemar",
     "mean_figure",
     "minimum_detectable_accuracy_change",
@@ -118,6 +152,7 @@ __all__ = [
     "nll",
     "operating_point",
     "paired_difference",
+    "pareto_front",
     "phi_threshold",
     "quantization_error",
     "ranking_caution",
@@ -128,6 +163,10 @@ __all__ = [
     "risk_coverage_curve",
     "rmsce_debiased",
     "samples_needed",
+    "sensitivity",
     "signed_miscalibration",
     "transfer",
+    "type_two",
+    "variance_shares",
+    "without_lowest",
 ]

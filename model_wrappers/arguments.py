@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,21 @@ def as_int(name: str, value: Any, *, minimum: int) -> int:
         raise ValueError(f"bitquake_hf: {name} must be a whole number, got {value!r}.{hint}") from None
     if number < minimum:
         raise ValueError(f"bitquake_hf: {name} must be at least {minimum}, got {number}.")
+    return number
+
+
+def as_positive(name: str, value: Any) -> float:
+    """``0.5`` or ``"20"`` as a float above 0.
+
+    Raises:
+        ValueError: no number, not above 0, or infinite.
+    """
+    try:
+        number = float(str(value))
+    except ValueError:
+        number = math.nan
+    if not 0.0 < number < math.inf:
+        raise ValueError(f"bitquake_hf: {name} must be a number above 0, got {value!r}.")
     return number
 
 

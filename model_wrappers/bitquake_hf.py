@@ -39,9 +39,10 @@ from tqdm import tqdm
 
 from bitquake import __version__
 from bitquake.envelope import ENVELOPE_VERSION, Envelope, decode
+from bitquake.noise import NoiseCache
 from bitquake.quant_card import CARD_FILE, Adapter, Calibration, QuantCard
 
-from .arguments import as_bool, as_dtype, as_execution, as_int, as_text, refuse_unknown
+from .arguments import as_bool, as_dtype, as_execution, as_int, as_positive, as_text, refuse_unknown
 from .calibration import CalibratedOn, build_calibration, load_image_ids
 from .confidence import (
     Answer,
@@ -83,11 +84,12 @@ from .retrieval import (
     encode_prompt,
     matching_tokens,
 )
-from .samples import Sample, prepare, prompt_hash
+from .samples import Sample, from_noise_cache, prepare, prompt_hash
 from .selector.capture import Positions, PrefillStates, Tokens, question_mask
 from .selector.features import FEATURES_VERSION, Features, FeatureStore, feature_key, rounded
 from .selector.live import emitted, fitting, load_selectors
 from .task_contract import RETRIEVAL, TaskContract
+from .training.seen import load_seen
 
 _WINDOW = 4
 """Batches whose samples are sorted by size together, once their images are known."""
@@ -157,6 +159,12 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             same that ``bitquake selector apply`` gives afterwards. One that was fitted on another model, or on a
             picture that is evaluated, is refused; of a folder's, other quantizations' own are left out. With or without
             ``features``.
+        noise_cache: folder in which pictures with the noise of our tasks are kept (default: nowhere), for the next
+            model or quantization that is evaluated on them; any number of runs may share it. Pixels and answers are the
+            same with and without it. What it saves is the decoding and the noise of a picture, not the model's work on
+            it; the log says how many pictures came from it.
+        noise_cache_gb: bound on its size in units of 10^9 bytes, 20 unless given; see ``bitquake.noise.cache`` for what
+            stays when it is full.
         dtype: ``bfloat16`` (default), ``float16`` or ``float32``, of everything that is not quantized.
         device: ``cuda``, ``cuda:1``, ``cpu``; default CUDA where there is one; ``accelerate launch`` sets it.
         device_map: spreads one model over devices (``auto``); not together with ``accelerate launch``.
@@ -173,7 +181,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         use_cache: key-value cache in generation; in retrieval, one encoding of picture and prompt for all candidates.
         max_batch_size: accepted because lmms-eval passes it; has no effect.
 
-    A calibrated quantization is not evaluated on a picture that it has seen: the run ends with the picture's name.
+    A calibrated quantization, and a model or an adapter that ``bitquake train`` has made, is not evaluated on a picture
+    that it has seen: the run ends with the picture's name.
 
     Raises:
         TypeError: an unknown argument.
@@ -181,6 +190,10 @@ class BitquakeHF(lmms):  # type: ignore[misc]
     """
 
     is_simple = False
+    progress: Callable[[str, int], None] | None = None
+    """Called with a task and how many more of its samples have their answer, failed ones included."""
+    out_of_memory_samples: int = 0
+    """Samples that failed for want of memory so far, whatever their task makes of that."""
 
     def __init__(
         self,
@@ -192,6 +205,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         journal: str | None = None,
         features: Any = False,
         selector: Any = None,
+        noise_cache: str | None = None,
+        noise_cache_gb: Any = 20,
         dtype: Any = "bfloat16",
         device: str | None = None,
         device_map: str | None = None,
@@ -216,6 +231,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         self._max_new_tokens = None if max_new_tokens is None else as_int("max_new_tokens", max_new_tokens, minimum=1)
         self._use_cache = as_bool("use_cache", use_cache)
         self._keep_features = as_bool("features", features)
+        self._noise_cache = _open_noise_cache(as_text("noise_cache", noise_cache), noise_cache_gb)
         self.dtype = as_dtype(dtype)
         name, revision, adapter = (
             as_text("pretrained", pretrained),
@@ -257,6 +273,8 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         folder = artifacts_dir(as_text("artifacts", artifacts))
         model = loaded.model
         before, self._calibrated, calibration = self._quantize(loaded, name, source, folder)
+        notes = [load_seen(Path(one), folder) for one in (source, adapter) if one is not None]
+        self._trained = tuple(one for one in notes if one is not None)
         kernels = use_kernels(model)
         grids = on_grid(model) if loaded.spec.is_full_precision else {}
         if grids:
@@ -451,6 +469,11 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         device: torch.device = self._device
         return device
 
+    @property
+    def noise_cache_counts(self) -> dict[str, int] | None:
+        """Pictures that came from the noise cache (``hits``) and that were made (``misses``); None without one."""
+        return None if self._noise_cache is None else self._noise_cache.counts
+
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:
         """Not offered: its sign and normalisation differ between lmms-eval's models, no confidence can rest on it."""
         raise NotImplementedError(
@@ -475,6 +498,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             RuntimeError: the first samples all fail alike in the model: something is wrong with the run, not with them.
         """
         groups = self._groups(requests)
+        pictures = Counter(self.noise_cache_counts)
         results: list[GenerationResult | None] = [None] * len(requests)
         failures: list[Sample] = []
         start, device_time, tokens, answered, known = time.perf_counter(), 0.0, 0, 0, 0
@@ -499,6 +523,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                     self.processor,
                     self.config.model_type,
                     self._calibrated,
+                    trained=self._trained,
                     find_question=self._states is not None and sample.contract.envelope,
                     emitters=self._emitters,
                 ),
@@ -539,12 +564,15 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                         self._report(sample)
                     sample.release()
                 bar.update(len(responses))
+                self._tell_progress(responses)
                 if answered == 0:
                     _refuse_hopeless_run(failures, probe)
 
         self._log_features()
         if journal is not None:
             self._log_journal(journal, known, len(requests))
+        pictures = Counter(self.noise_cache_counts) - pictures
+        self._log_noise_cache(pictures)
         self._log_failures(failures, len(requests))
         wall = time.perf_counter() - start
         log_metrics(
@@ -556,9 +584,15 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                 "wall_time": wall,
                 "failed_samples": len(failures),
                 "journaled_samples": known,
-            },
+            }
+            | {f"noise_cache_{name}": pictures[name] for name in self.noise_cache_counts or ()},
         )
         return cast("list[GenerationResult]", results)
+
+    def _tell_progress(self, responses: Sequence[_Response]) -> None:
+        if self.progress is not None:
+            for task, n in Counter(response.sample.task for response in responses).items():
+                self.progress(task, n)
 
     def _settle(
         self, journal: Journal | None, held: list[tuple[str, list[JournalAnswer]]], *, always: bool = False
@@ -578,6 +612,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
         """
         groups: dict[Any, list[Sample]] = {}
         contracts: dict[Any, TaskContract] = {}
+        messages: dict[Any, Callable[..., Any]] = {}
         for index, request in enumerate(requests):
             _, doc_to_messages, gen_kwargs, _, task, split = request.args
             if (task, split) not in contracts:
@@ -586,8 +621,10 @@ class BitquakeHF(lmms):  # type: ignore[misc]
                     self._warn_once(f"task {task!r} asks for no envelope: no features and no Selector's confidence")
                 if unknown := GenerationRequest.unknown_keys(gen_kwargs):
                     self._warn_once(f"task {task!r}: generation_kwargs without meaning here are left out: {unknown}")
+                if self._noise_cache is not None:
+                    messages[task, split] = from_noise_cache(doc_to_messages, self._noise_cache)
             limits = GenerationRequest.from_task(gen_kwargs, task, self._max_new_tokens)
-            sample = Sample(index, task, contracts[task, split], limits)
+            sample = Sample(index, task, contracts[task, split], limits, messages.get((task, split)))
             groups.setdefault((task, split, limits), []).append(sample)
         for group in groups.values():
             group.sort(key=lambda sample: (-len(requests[sample.index].args[0] or ""), sample.index))
@@ -712,6 +749,7 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             if len(samples) == 1:
                 samples[0].fail("question" if isinstance(error, CaptionError) else "model", error)
                 samples[0].out_of_memory = out_of_memory
+                self.out_of_memory_samples += out_of_memory
                 return [_Response(samples[0], self._failed(samples[0]))]
             if not out_of_memory:
                 self._warn_once(f"a batch of {len(samples)} failed ({error!r}); halving it to find the sample")
@@ -981,6 +1019,15 @@ class BitquakeHF(lmms):  # type: ignore[misc]
             cut = f"; {journal.unreadable} lines were cut short and left out" if journal.unreadable else ""
             eval_logger.info(f"bitquake_hf: {known} of {total} answers came from the journal {self._journal}{cut}")
 
+    def _log_noise_cache(self, pictures: Counter[str]) -> None:
+        if self._noise_cache is None:
+            return
+        if self._noise_cache.problem:
+            self._warn_once(f"the noise cache is only read, it cannot be written: {self._noise_cache.problem}")
+        if n := pictures.total():
+            share = f"{pictures['hits']} of {n} noisy pictures ({pictures['hits'] / n:.0%})"
+            eval_logger.info(f"bitquake_hf: {share} came from the noise cache")
+
     def _log_failures(self, failures: list[Sample], total: int) -> None:
         if failures:
             kinds = Counter((sample.error or "").split(":", 1)[0] for sample in failures)
@@ -1028,6 +1075,18 @@ def _open_journal_folder(journal: str | None, model_hash: str) -> Path | None:
             f"bitquake_hf: journal={journal!r} cannot be made: {error}. Give a folder that can be written."
         ) from error
     return folder
+
+
+def _open_noise_cache(folder: str | None, gigabytes: Any) -> NoiseCache | None:
+    size = int(as_positive("noise_cache_gb", gigabytes) * 1e9)
+    if folder is None:
+        return None
+    try:
+        return NoiseCache(Path(folder).expanduser(), max(1, size))
+    except OSError as error:
+        raise ValueError(
+            f"bitquake_hf: noise_cache={folder!r} cannot be made: {error}. Give a folder that can be written."
+        ) from error
 
 
 def _identity(sample: Sample, arguments: tuple[Any, ...]) -> list[Any]:

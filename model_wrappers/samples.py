@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 
-from bitquake.noise import ImageError, NoiseError, load_rgb, pixel_hash
+from bitquake.noise import ImageError, NoiseCache, NoiseError, load_rgb, pixel_hash
 
 from .calibration.overlap import CalibratedOn, document_image_ids, refuse_overlap
 from .generation import GenerationRequest
@@ -29,13 +31,15 @@ class Sample:
 
     ``error`` is None or begins with ``image: ``, ``question: `` or ``model: `` (what failed); ``exception`` is what was
     raised and ``origin`` its type and the line it came from. ``question`` is where the question begins and ends in
-    ``prompt``, in characters; empty where nobody asked or it cannot be told.
+    ``prompt``, in characters; empty where nobody asked or it cannot be told. ``messages`` goes before the request's own
+    ``doc_to_messages``.
     """
 
     index: int
     task: str
     contract: TaskContract
     request: GenerationRequest
+    messages: Callable[..., Any] | None = None
     letters: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
     prompt: str = ""
@@ -78,6 +82,28 @@ def prompt_hash(prompt: str) -> str:
     return hashlib.blake2b(prompt.encode(), digest_size=16).hexdigest()
 
 
+def from_noise_cache(doc_to_messages: Callable[..., Any], cache: NoiseCache) -> Callable[..., Any]:
+    """The ``doc_to_messages`` of a request, its noisy pictures out of a cache; as it is where the task is not ours.
+
+    Only the request's own task knows where its noise is applied (``bitquake.tasks.glue``). lmms-eval's task and its
+    config are copied, not changed: whoever else holds them gets what they got before.
+    """
+    task: Any = getattr(doc_to_messages, "__self__", None)
+    config = copy.copy(getattr(task, "config", None))
+    cached = False
+    for name in ("doc_to_visual", "doc_to_messages"):
+        made = getattr(getattr(config, name, None), "with_noise_cache", None)
+        if made is not None:
+            setattr(config, name, made(cache))
+            cached = True
+    if not cached:
+        return doc_to_messages
+    task = copy.copy(task)
+    task._config = config
+    bound: Callable[..., Any] = getattr(task, doc_to_messages.__name__)
+    return bound
+
+
 def prepare(
     sample: Sample,
     arguments: tuple[Any, ...],
@@ -86,6 +112,7 @@ def prepare(
     model_type: str,
     calibrated: CalibratedOn | None = None,
     *,
+    trained: Sequence[CalibratedOn] = (),
     find_question: bool = False,
     emitters: Sequence[Emitter] = (),
 ) -> Sample:
@@ -99,18 +126,19 @@ def prepare(
         arguments: (ctx, doc_to_messages, gen_kwargs, doc_id, task, split) of the request.
         task_dict: lmms-eval's ``lm.task_dict``.
         calibrated: the pictures that the model was calibrated on; None for a model that was not.
+        trained: those that it or its adapter was trained on.
         find_question: fill ``sample.question``.
         emitters: Selectors of the run.
 
     Raises:
         NoiseError: the task asks for a noise that does not exist: no sample of it could succeed.
-        OverlapError: the model was calibrated, or a Selector fitted, on one of the document's pictures: no result of
-            the task would hold.
+        OverlapError: the model was calibrated or trained, or a Selector fitted, on one of the document's pictures: no
+            result of the task would hold.
     """
     _, doc_to_messages, _, doc_id, task, split = arguments
     try:
         doc = task_dict[task][split][doc_id]
-        messages = doc_to_messages(doc)
+        messages = (sample.messages or doc_to_messages)(doc)
         sample.candidates = sample.contract.candidates(doc)
     except NoiseError:
         raise
@@ -134,7 +162,7 @@ def prepare(
             sample.letters = sample.contract.question_letters(doc)
         for image in images:
             sample.images.append(image if _is_plain_rgb(image) else Image.fromarray(load_rgb(image)))
-            sample.pixel_hashes.append(pixel_hash(sample.images[-1]))
+            sample.pixel_hashes.append(_pixel_hash(sample.images[-1]))
         conversation = _conversation(chat, sample.contract, model_type)
         sample.prompt = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         if find_question:
@@ -144,11 +172,11 @@ def prepare(
         sample.fail("image", error)
     except Exception as error:
         sample.fail("model", error)
-    if calibrated is not None or emitters:
+    if calibrated is not None or trained or emitters:
         ids = document_image_ids(doc, sample.contract.image_names(doc), sample.pixel_hashes)
         where = f"task {task!r}, document {doc_id}"
-        if calibrated is not None:
-            refuse_overlap(calibrated, ids, where)
+        for seen in (*([] if calibrated is None else [calibrated]), *trained):
+            refuse_overlap(seen, ids, where)
         refuse_fitted(emitters, ids, where)
     return sample
 
@@ -156,6 +184,11 @@ def prepare(
 def _is_plain_rgb(image: Any) -> bool:
     # an EXIF orientation that nobody applied would be applied by load_rgb and not by the processor
     return isinstance(image, Image.Image) and image.mode == "RGB" and not image.info.get("exif")
+
+
+def _pixel_hash(image: Image.Image) -> str:
+    # without anything beside its pixels, RGB needs none of the work that load_rgb does on pictures
+    return pixel_hash(image if image.info else np.asarray(image))
 
 
 def _conversation(chat: ChatMessages, contract: TaskContract, model_type: str) -> list[dict[str, Any]]:

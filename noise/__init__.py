@@ -28,6 +28,7 @@ from . import (  # noqa: F401  (each registers its noises)
     weather,
     words,
 )
+from .cache import NoiseCache
 from .errors import ImageError, NoiseError
 from .pixels import load_rgb, pixel_hash
 from .registry import SEVERITIES, Box, ImageNoise, Size, image_noises
@@ -42,6 +43,7 @@ __all__ = [
     "Box",
     "ImageError",
     "ImageNoise",
+    "NoiseCache",
     "NoiseError",
     "NoiseSpec",
     "SampleKey",

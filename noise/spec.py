@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -73,7 +74,7 @@ class NoiseSpec:
         """The noise itself: id, exactness, geometry, parameters, documentation."""
         return check_request(self.name, self.severity, self.seed, self.version, self.mode)
 
-    @property
+    @functools.cached_property
     def medium(self) -> Literal["image", "text"]:
         """What the noise changes: the picture (``apply``) or the question (``apply_text``)."""
         return "text" if isinstance(self.noise(), TextNoise) else "image"

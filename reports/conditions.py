@@ -36,6 +36,19 @@ class Part:
     ids: tuple[str, ...] | None = None
 
 
+def shared_parts(there: Cell, here: Cell) -> tuple[Part, Part] | None:
+    """Two tasks on the samples that they share, about the same images; None when they share none."""
+    noisy, plain = there.answers, here.answers
+    ids = [sample for sample in noisy if sample in plain]
+    if not ids or any(noisy[sample].image_id != plain[sample].image_id for sample in ids):
+        return None
+    some = tuple(ids)
+    return (
+        Part(there.task, None if len(ids) == len(noisy) else some),
+        Part(here.task, None if len(ids) == len(plain) else some),
+    )
+
+
 def _family(cell: Cell) -> tuple[str, str]:
     return cell.world, cell.family
 
@@ -71,15 +84,7 @@ class Conditions:
 
     def shared(self, task: str, clean: str) -> tuple[Part, Part] | None:
         """Both tasks on the samples that they share, about the same images; None when they share none."""
-        noisy, plain = self.by_task[task].twin.answers, self.by_task[clean].twin.answers
-        ids = [sample for sample in noisy if sample in plain]
-        if not ids or any(noisy[sample].image_id != plain[sample].image_id for sample in ids):
-            return None
-        some = tuple(ids)
-        return (
-            Part(task, None if len(ids) == len(noisy) else some),
-            Part(clean, None if len(ids) == len(plain) else some),
-        )
+        return shared_parts(self.by_task[task].twin, self.by_task[clean].twin)
 
     def together(self, parts: Sequence[Part]) -> dict[Part, Evaluation]:
         """``JOINT_METRICS`` of the parts, so that any statistic across them has the right covariance."""

@@ -51,6 +51,8 @@ _NOT_SETTINGS = (
     "max_batch_size",
     "features",
     "selector",
+    "noise_cache",
+    "noise_cache_gb",
 )
 
 

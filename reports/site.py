@@ -60,6 +60,25 @@ def write_site(out: Path, files: Mapping[str, bytes]) -> None:
         raise ReportError(f"{out}: cannot be written: {error.strerror or error}; give a folder that can") from error
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write one file into a folder that is there: whole, or as it was.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    handle, building = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:32]}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(building, 0o644)  # mkstemp makes it private; a page is there to be served
+        os.replace(building, path)
+    except BaseException:
+        Path(building).unlink(missing_ok=True)
+        raise
+
+
 def _swap(building: Path, target: Path) -> None:
     """Put the new folder in place; if that fails the old one is back where it was."""
     if not target.exists():

@@ -100,6 +100,9 @@ def show(name: str, folders: Iterable[Path] = ()) -> list[tuple[str, str]]:
         rows.append(("subset", "" if noise is None or variant.task.endswith(f"_{FULL}") else fixed))
     else:
         rows += [(role, part(split)) for role, split in family.splits.roles()]
+        if (train := family.train) is not None:
+            drawn = f"{train.pictures} pictures, drawn at their first use"
+            rows.append(("train", part(train) if train.pictures is None else drawn))
         rows += [(f"shift {key}", part(shift)) for key, shift in family.variants.shifts.items()]
         noises = list(dict.fromkeys(noise.name for noise in family.noises()))
         severities = sorted({noise.severity for noise in family.noises()})

@@ -29,6 +29,7 @@ from .schema import (
     Split,
     Splits,
     Subset,
+    Train,
     Variants,
     fill,
     json_schema,
@@ -217,7 +218,20 @@ def _unknown_key(key: str) -> str:
             "a key named after a model would replace the noise and give a silently clean run; write what a model wants "
             "under `prompts`, by its model_type"
         )
-    models = (Family, Dataset, Split, Shift, Splits, Columns, QuestionText, Prompt, Subset, NoiseVariants, Variants)
+    models = (
+        Family,
+        Dataset,
+        Split,
+        Shift,
+        Splits,
+        Train,
+        Columns,
+        QuestionText,
+        Prompt,
+        Subset,
+        NoiseVariants,
+        Variants,
+    )
     known = {name for model in models for name in model.model_fields}
     close = difflib.get_close_matches(key, sorted(known - {key}), n=1)
     return "unknown key; remove it" + (f", or did you mean {close[0]!r}?" if close else " or check its place")

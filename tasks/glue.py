@@ -8,7 +8,9 @@ only place where a task is described: a file edited after export does what it sa
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +21,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from bitquake.envelope import Envelope, EnvelopeError, decode
-from bitquake.noise import ImageError, NoiseSpec, SampleKey, load_rgb
+from bitquake.noise import ImageError, NoiseCache, NoiseSpec, SampleKey, load_rgb
+from bitquake.noise.pixels import RGB
 from bitquake.records import RECORD_KEY, Failure, SampleRecord, question_hash
 
 from . import aggregate, answers, sources
@@ -52,7 +55,8 @@ class Task:
 
     lmms-eval asks for the functions of a file one by one, and they are all bound to one of these: what
     ``process_docs`` finds out about the dataset (``references``, ``problem``, ``revision``) the others know.
-    data_file: the parquet file of the split, where the dataset consists of files.
+    data_file: the parquet file of the split, where the dataset consists of files; noise_cache: where pictures with the
+    task's noise are looked up first.
     """
 
     file: str
@@ -65,6 +69,7 @@ class Task:
     problem: str = field(default="", init=False)
     data_file: Path | None = field(default=None, init=False)
     revision: str = field(default="", init=False)
+    noise_cache: NoiseCache | None = field(default=None, init=False, compare=False)
 
     @property
     def variant(self) -> str:
@@ -113,6 +118,25 @@ class Task:
     @functools.cached_property
     def part_for_people(self) -> str:
         return describe(self.part, Path(self.file).parent)
+
+    def with_noise_cache(self, cache: NoiseCache) -> Task:
+        """The same task, its noisy pictures out of a cache; this one stays as it is."""
+        task = copy.copy(self)
+        task.noise_cache = cache
+        return task
+
+    def pixels(self, picture: Any, key: SampleKey) -> RGB:
+        """A picture's pixels with the task's image noise, if it has one.
+
+        Raises:
+            ImageError: the picture is missing or does not decode.
+        """
+        if self.noise is None or self.noise.medium != "image":
+            return load_rgb(picture)
+        if self.noise_cache is not None:
+            return self.noise_cache.apply(self.noise, picture, key)
+        made: RGB = self.noise.apply(load_rgb(picture), key)
+        return made
 
     def key(self, doc: Mapping[str, Any]) -> SampleKey:
         """What seeds the document's noise."""
@@ -184,12 +208,9 @@ class Task:
         if encoded is None and self.contract.text_only_rows:
             return []
         try:
-            pixels = load_rgb(encoded)
+            return [Image.fromarray(self.pixels(encoded, self.key(doc)))]
         except ImageError as error:
             raise ImageError(f"{error} (task {self.name}, sample {doc[IDS]['sample_id']})") from error
-        if self.noise is not None and self.noise.medium == "image":
-            pixels = self.noise.apply(pixels, self.key(doc))
-        return [Image.fromarray(pixels)]
 
     def doc_to_text(self, doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any]) -> str:
         """The question with its hint and choices, between ``pre_prompt`` and ``post_prompt``.
@@ -395,7 +416,7 @@ def functions_of(glue_file: str) -> Callable[[str], Callable[..., Any]]:
         found = _cached_task(str(file), file.stat().st_mtime_ns)
         if function == "process_docs":
             found.see_to_data()
-        return _FUNCTIONS[function](found)
+        return _made(function, found)
 
     return get
 
@@ -459,6 +480,20 @@ _FUNCTIONS: dict[str, Callable[[Task], Callable[..., Any]]] = {
     "process_results": _process_results,
     "doc_to_messages": _doc_to_messages,
 }
+
+
+def _made(name: str, task: Task) -> Callable[..., Any]:
+    """One of the functions; those that give pictures get an attribute ``with_noise_cache``.
+
+    ``function.with_noise_cache(cache)`` is the same function, its noisy pictures out of a :class:`NoiseCache`
+    (``bitquake.model_wrappers.samples.from_noise_cache`` asks for it).
+    """
+    function: Any = _FUNCTIONS[name](task)
+    function.__signature__ = inspect.signature(function)  # kept: lmms-eval asks for it with every document
+    if name in ("doc_to_visual", "doc_to_messages"):
+        function.with_noise_cache = lambda cache: _made(name, task.with_noise_cache(cache))
+    made: Callable[..., Any] = function
+    return made
 
 
 def _failure_kind(error: str) -> Failure:

@@ -41,6 +41,16 @@ Expected: ten answers to every question, and a picture for every question; the n
 because no figure could be verified. Then:
   bitquake data prepare advqa --questions v1_OpenEnded_mscoco_val2017_advqa_questions.json \\
     --annotations v1_mscoco_val2017_advqa_annotations.json --images val2017""",
+    "vqav2_train": """\
+VQA-v2 (Goyal et al. 2017, https://visualqa.org/download.html, CC BY 4.0), its train split on COCO's train2014 pictures:
+what `bitquake train` takes of the family vqav2. Fetch (the authors' addresses and figures, which nothing here asked):
+  https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Questions_Train_mscoco.zip
+  https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Annotations_Train_mscoco.zip
+  http://images.cocodataset.org/zips/train2014.zip  (13 GB, 82,783 pictures; unpack all three)
+Expected: 443,757 questions with ten answers each. Then:
+  bitquake data prepare vqav2_train --split train --questions v2_OpenEnded_mscoco_train2014_questions.json \\
+    --annotations v2_mscoco_train2014_annotations.json --images train2014 \\
+    --image-pattern 'COCO_train2014_{image_id:012d}.jpg'""",
 }
 """Dataset of a built-in family -> what to fetch for it."""
 _GROUP = 32 << 20

@@ -203,6 +203,26 @@ class Splits(_Model):
         return [(role, split) for role in ROLES if (split := getattr(self, role))]
 
 
+class Train(Split):
+    """What models are trained on: rows that no task evaluates.
+
+    dataset: another dataset with the same columns, whose split it is (default: the family's own); pictures: block
+    world: so many are drawn, when they are first wanted, instead of read.
+    """
+
+    split: str = "train"
+    dataset: Dataset | None = None
+    pictures: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Train:
+        if self.pictures is not None and (self.dataset is not None or self.part or self.ids or self.where):
+            raise ValueError("pictures are drawn: give no `dataset`, `part`, `where` or `ids` with `pictures`")
+        if self.ids is not None:
+            raise ValueError("give `part` or `where`; a list of `ids` is for splits that tasks evaluate")
+        return self
+
+
 class Columns(_Model):
     """The dataset's column for each thing that is needed.
 
@@ -376,6 +396,7 @@ class Family(_Model):
         title, source, license: for people.
         version: rises when prompts, splits or scoring change, so that old and new results are told apart.
         world: ``block`` for the offline block world, else ``real``; the two never share a table.
+        train: what models are trained on.
         protocol: ``vqa``, ``choice``, ``grounding``, ``caption`` or ``retrieval``; ``stock`` with ``extends``.
         text, prompts: how the question is written; ``prompts`` has an entry ``default`` and one for each
             ``model_type`` of transformers that wants another one.
@@ -404,6 +425,7 @@ class Family(_Model):
     world: Literal["block", "real"] = "real"
     dataset: Dataset | None = None
     splits: Splits
+    train: Train | None = None
     columns: Columns = Columns()
     protocol: Protocol
     extends: Extends | None = None
@@ -490,6 +512,7 @@ class Family(_Model):
                 if split.split not in self.dataset.files:
                     known = ", ".join(self.dataset.files)
                     raise ValueError(f"{place}: dataset.files has no split {split.split!r}; it has {known}")
+        self._check_train()
         declared = self.columns.model_dump(exclude_none=True)
         if self.explode is not None and self.explode not in [
             column for key, column in declared.items() if key not in ("image", "image_id", "sample_id")
@@ -502,6 +525,22 @@ class Family(_Model):
             except ValueError as error:
                 raise ValueError(f"variants.noise.names: {error}") from None
         return self
+
+    def _check_train(self) -> None:
+        train = self.train
+        if train is None or train.dataset is not None:
+            return
+        if train.pictures is not None:
+            if self.world != "block":
+                raise ValueError("train.pictures: only the block world's pictures are drawn")
+            return
+        files = None if self.dataset is None else self.dataset.files
+        if files is not None and train.split not in files:
+            raise ValueError(f"train: dataset.files has no split {train.split!r}; it has {', '.join(files)}")
+        apart: dict[str, Split] = {**dict(self.splits.roles()), **self.variants.shifts}
+        for place, split in apart.items():
+            if train.shares_images(split):
+                raise ValueError(f"train: shares images with {place}: {_take_both(train, split)}")
 
     def check_shifts(self) -> None:
         """Raise ValueError where a shift holds images that thresholds or Selectors are fitted on or quantizers see."""

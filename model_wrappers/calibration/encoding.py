@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,44 +80,62 @@ class Encoder:
             )
         if not sample.images and sample.answer is None:
             return self._document(sample.prompt)
-        prompt = self._templated(sample)
-        inputs = self._processed(prompt, sample.images)
+        prompt = self._templated(len(sample.images), [sample.prompt])
+        inputs = self._processed([prompt], [sample.images])
         n_answer = 0
         if sample.answer is not None:
-            try:
-                (tokens,) = caption_tokens(self._processor.tokenizer, prompt, [sample.answer], self._turn)
-            except CaptionError as error:
-                raise SampleError(f"the answer {sample.answer!r} cannot be encoded: {error}") from error
+            tokens = self._answer_tokens(prompt, sample.answer)
             inputs, n_answer = continued(inputs, torch.tensor([tokens]), self.model_type), len(tokens)
         ids = inputs["input_ids"][0]
-        vision = ids == self._image_token if self._image_token is not None else torch.zeros_like(ids, dtype=torch.bool)
+        vision = self._vision(ids)
         if sample.images and not vision.any():
-            raise CalibrationError(
-                f"calibration: the processor {type(self._processor).__name__} gives pictures no tokens in the text "
-                f"(image token {self._image_token} of a {self.model_type} model); its files are older than "
-                "transformers 5 wants, or do not belong to this model"
-            )
+            raise CalibrationError(self._no_image_tokens())
         return CalibrationInputs(inputs, vision, torch.arange(len(ids)) >= len(ids) - n_answer)
 
     def processed_size(self, picture: Image) -> tuple[int, int] | None:
         """(width, height) of a picture after the processor, where its outputs tell."""
-        prompt = self._templated(CalibrationSample((picture,), "", None))
-        (sizes,) = processed_sizes(self._processor, self._processed(prompt, (picture,)), [[picture.size]])
+        prompt = self._templated(1, [""])
+        (sizes,) = processed_sizes(self._processor, self._processed([prompt], [(picture,)]), [[picture.size]])
         return sizes[0] if sizes else None
 
-    def _templated(self, sample: CalibrationSample) -> str:
-        content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": sample.prompt}]
-        conversation = [{"role": "user", "content": content}]
+    def _templated(self, n_images: int, said: Sequence[str]) -> str:
+        """The conversation up to where the model goes on; what was said is the user's, the model's, the user's, ...
+
+        Pictures stand before the first text.
+        """
+        conversation = [
+            {"role": "assistant" if i % 2 else "user", "content": [{"type": "text", "text": text}]}
+            for i, text in enumerate(said)
+        ]
+        conversation[0]["content"] = [*({"type": "image"} for _ in range(n_images)), *conversation[0]["content"]]
         return str(self._processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
 
-    def _processed(self, prompt: str, images: tuple[Image, ...]) -> dict[str, Any]:
+    def _processed(self, prompts: Sequence[str], images: Sequence[Sequence[Image]]) -> dict[str, Any]:
+        """Inputs of prompts that all have pictures, or none; shorter ones are padded on the left."""
         bos = self._processor.tokenizer.bos_token
         # a template that writes the start token must not get a second one
-        special = {"add_special_tokens": False} if bos is not None and prompt.startswith(bos) else {}
-        batch = self._processor(
-            text=[prompt], images=[list(images)] if images else None, return_tensors="pt", padding=True, **special
-        )
+        special = {"add_special_tokens": False} if bos is not None and prompts[0].startswith(bos) else {}
+        pictures = [list(one) for one in images] if images[0] else None
+        batch = self._processor(text=list(prompts), images=pictures, return_tensors="pt", padding=True, **special)
         return {name: value for name, value in batch.items() if name != "labels"}  # PaliGemma's processor adds them
+
+    def _answer_tokens(self, prompt: str, answer: str) -> list[int]:
+        try:
+            (tokens,) = caption_tokens(self._processor.tokenizer, prompt, [answer], self._turn)
+        except CaptionError as error:
+            raise SampleError(f"the answer {answer!r} cannot be encoded: {error}") from error
+        return tokens
+
+    def _vision(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which tokens are those of pictures."""
+        return ids == self._image_token if self._image_token is not None else torch.zeros_like(ids, dtype=torch.bool)
+
+    def _no_image_tokens(self) -> str:
+        return (
+            f"calibration: the processor {type(self._processor).__name__} gives pictures no tokens in the text "
+            f"(image token {self._image_token} of a {self.model_type} model); its files are older than "
+            "transformers 5 wants, or do not belong to this model"
+        )
 
     def _document(self, text: str) -> CalibrationInputs:
         ids = torch.tensor([self._processor.tokenizer(text)["input_ids"][:DOCUMENT_TOKENS]])

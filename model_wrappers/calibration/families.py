@@ -1,4 +1,5 @@
-"""Samples of a task family: rows of its ``calibration`` split, asked as the evaluation asks, answered by the reference.
+"""Samples of a task family: rows of its ``calibration`` or ``train`` split, asked as the evaluation asks, answered by
+the reference.
 
 Rows, pictures, prompts, noise and references come from the functions that score the family's tasks.
 """
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bitquake.noise import ImageError, NoiseSpec
 
-from .overlap import document_image_ids
+from .overlap import PIXELS, document_image_ids
 from .prompts import describe
 from .sample import CalibrationError, CalibrationSample, SampleError, place
 
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image
 
-    from bitquake.tasks.families import Family, Loaded
+    from bitquake.tasks.families import Family, Loaded, Split
     from bitquake.tasks.glue import Task
 
 Show = Literal["pictures and text", "pictures", "text"]
+Role = Literal["calibration", "train", "test"]
 Size = tuple[int, int]
 CLEAN_TASK = "{}_clean"
+_PURPOSE: dict[Role, str] = {"calibration": "calibration", "train": "training", "test": "training"}
+"""What messages begin with."""
 
 
 def is_family(name: str) -> bool:
@@ -38,10 +42,11 @@ def is_family(name: str) -> bool:
 
 
 class FamilySource:
-    """The rows of a family's calibration split, one of each picture before a second one of any.
+    """The rows of a family's calibration (or train) split, one of each picture before a second one of any.
 
     Args:
         name: the family's.
+        role: which split.
         model_type: of the model, whose prompts and coordinate space are taken.
         seed: of the order, and of the noise.
         show: ``pictures`` are asked for a caption, without an answer; ``text`` goes without pictures.
@@ -56,25 +61,27 @@ class FamilySource:
         *,
         model_type: str,
         seed: int,
+        role: Role = "calibration",
         show: Show = "pictures and text",
         captions: bool = False,
         noise: tuple[str, int] | None = None,
         processed: Callable[[Image], Size | None] = lambda picture: None,
     ) -> None:
-        loaded = _load(name)
+        loaded = _load(name, role)
         family = loaded.family
         if captions and family.columns.captions is None:
             raise CalibrationError(
                 f"calibration: source caption needs captions, and the family {name!r} (protocol {family.protocol}) has "
                 "none; use source in-domain with it, or data= a family with captions such as coco_caption"
             )
-        self.title = f"the calibration split of {name}"
+        self.title = f"the {role} split of {name}"
         self._model_type, self._seed, self._show, self._processed = model_type, seed, show, processed
-        self._task = _calibration_task(loaded, noise, seed)
+        self._task = _task_of(loaded, role, noise, seed)
+        self._purpose = _PURPOSE[role]
         self._prompt = describe(model_type, block=family.world == "block").prompt if show == "pictures" else None
         self._kwargs = _prompt_kwargs(self._task, family, model_type)
-        self._rows = _rows(loaded, self._task)
-        self._order = _order(self._rows, seed)
+        self._rows = _rows(loaded, self._task, self._purpose)
+        self._order, self._pictures = _order(self._rows, seed)
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -89,6 +96,14 @@ class FamilySource:
 
     def __len__(self) -> int:
         return len(self._order)
+
+    def pictures(self) -> list[str]:
+        """The dataset's name of each sample's picture, in order; "" for a sample without one."""
+        if not self._task.contract.text_only_rows:
+            return self._pictures
+        column = self._task.contract.columns.image
+        shown = self._rows.select_columns([column]).with_format("arrow")[:][column].is_valid().to_pylist()
+        return [name if shown[row] else "" for name, row in zip(self._pictures, self._order, strict=True)]
 
     def sample(self, index: int) -> CalibrationSample:
         from bitquake.tasks.documents import IDS
@@ -111,7 +126,7 @@ class FamilySource:
                 raise SampleError(f"{name}: its question is empty")
             return CalibrationSample(tuple(images), prompt, self._answer(doc, images), tuple(sorted(ids)))
         except FamilyError as error:
-            raise CalibrationError(f"calibration: {error}") from error
+            raise CalibrationError(f"{self._purpose}: {error}") from error
         except (ImageError, TargetError, OSError) as error:
             raise SampleError(f"{name}: {error}") from error
 
@@ -176,44 +191,46 @@ def write_box(
     return f"[{', '.join(written)}]"
 
 
-def _load(name: str) -> Loaded:
-    """A registered family that has a calibration split."""
+def _load(name: str, role: Role) -> Loaded:
+    """A registered family that has a split of that role."""
     from bitquake.config import load_config
     from bitquake.tasks.expand import builtin_index
     from bitquake.tasks.families import load_family
     from bitquake.tasks.split_ids import with_ids
 
-    index = builtin_index()
+    index, purpose = builtin_index(), _PURPOSE[role]
     if name not in index.families:
         close = difflib.get_close_matches(name, index.families, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         wrong = [line for line in index.problems if f"/{name}/" in line]
         broken = f" A family file of that name is broken: {wrong[0]}" if wrong else ""
         raise CalibrationError(
-            f"calibration: data={name!r} is neither a folder nor a task family.{hint}{broken} Families with a "
-            f"calibration split: {', '.join(with_calibration())}."
+            f"{purpose}: data={name!r} is neither a folder nor a task family.{hint}{broken} Families with a "
+            f"{role} split: {', '.join(with_split(role))}."
         )
     loaded = with_ids(load_family(index.families[name]), load_config().split_ids.get(name))
-    if loaded.family.splits.calibration is None:
+    if _split(loaded.family, role) is None:
         raise CalibrationError(
-            f"calibration: the family {name!r} has no calibration split, and its other splits are what models are "
-            f"tested on. Families with one: {', '.join(with_calibration())}. Or give a folder of pictures of your own."
+            f"{purpose}: the family {name!r} has no {role} split, and its other splits are what models are "
+            f"tested on. Families with one: {', '.join(with_split(role))}. Or give a folder of pictures of your own."
         )
     return loaded
 
 
-def with_calibration() -> tuple[str, ...]:
-    """The registered families that have a calibration split."""
+def _split(family: Family, role: Role) -> Split | None:
+    return family.train if role == "train" else getattr(family.splits, role)
+
+
+def with_split(role: Role) -> tuple[str, ...]:
+    """The registered families that have a split of that role."""
     from bitquake.tasks.catalog import registered
 
-    return tuple(one.family.family for one in registered() if one.family.splits.calibration is not None)
+    return tuple(one.family.family for one in registered() if _split(one.family, role) is not None)
 
 
-def _calibration_task(loaded: Loaded, noise: tuple[str, int] | None, seed: int) -> Task:
-    """The family's clean task, turned to the calibration split, perhaps with a noise."""
+def _task_of(loaded: Loaded, role: Role, noise: tuple[str, int] | None, seed: int) -> Task:
+    """The family's clean task, turned to the split, perhaps with a noise."""
     from bitquake.noise import NoiseError
-    from bitquake.tasks.expand import builtin_index
-    from bitquake.tasks.glue import read_task
     from bitquake.tasks.variants import group_of, why_not
 
     family = loaded.family
@@ -229,22 +246,60 @@ def _calibration_task(loaded: Loaded, noise: tuple[str, int] | None, seed: int) 
         question = family.columns.question is not None
         if (reason := why_not(name, boxes=family.protocol == "grounding", question=question)) is not None:
             raise CalibrationError(f"calibration: {name} {reason}; choose another noise for {family.family}")
-    clean = read_task(builtin_index().tasks[CLEAN_TASK.format(family.family)])
-    split = family.splits.calibration
+    split = _split(family, role)
     assert split is not None  # asked for when the family was loaded
-    contract = clean.contract.model_copy(
-        update={
-            "splits": family.splits.model_copy(update={"test": split}),  # a task's own rows are those of `test`
-            "shifts": {},
-            "candidates": None,
-            "noise_subset": None,
-        }
-    )
-    written = None if spec is None else spec.to_mapping()
-    task = type(clean)(clean.file, f"{family.family}_calibration", split.split, spec, written, contract)
-    if family.dataset is not None and family.dataset.path is None:
+    return _task_on(loaded, split, f"{family.family}_{role}", spec)
+
+
+def _task_on(loaded: Loaded, split: Split, name: str, noise: NoiseSpec | None = None) -> Task:
+    """The family's clean task, turned to a split that may be no task's."""
+    from bitquake.tasks.expand import builtin_index
+    from bitquake.tasks.glue import read_task
+    from bitquake.tasks.schema import Train
+    from bitquake.tasks.world.build import train_file
+
+    family = loaded.family
+    clean = read_task(builtin_index().tasks[CLEAN_TASK.format(family.family)])
+    changes: dict[str, Any] = {
+        "splits": family.splits.model_copy(update={"test": split}),  # a task's own rows are those of `test`
+        "shifts": {},
+        "candidates": None,
+        "noise_subset": None,
+    }
+    if isinstance(split, Train) and split.dataset is not None:
+        loaded = loaded._replace(family=family.model_copy(update={"dataset": split.dataset}))
+        source = loaded.source(split.split)
+        changes["sources"] = {} if source is None else {split.split: source}
+    written = None if noise is None else noise.to_mapping()
+    task = type(clean)(clean.file, name, split.split, noise, written, clean.contract.model_copy(update=changes))
+    dataset = loaded.family.dataset
+    if isinstance(split, Train) and split.pictures is not None:
+        task.data_file = train_file(family.family, split.pictures)
+    elif dataset is not None and dataset.path is None:
         task.data_file = loaded.split_file(split.split)
     return task
+
+
+def evaluated_pictures(name: str) -> frozenset[str]:
+    """``pixels:<hash>`` of every picture that a family's tasks evaluate or fit thresholds on; each is decoded.
+
+    Raises:
+        CalibrationError: no such family, or its data is not there.
+    """
+    from bitquake.tasks.documents import image_hashes
+    from bitquake.tasks.schema import Split
+
+    loaded = _load(name, "test")
+    family = loaded.family
+    parts: list[Split] = [family.splits.test, family.splits.threshold, *family.variants.shifts.values()]
+    parts += [shift.threshold for shift in family.variants.shifts.values() if shift.threshold is not None]
+    found: set[str] = set()
+    for split in dict.fromkeys(one.split for one in parts):
+        whole = Split(split=split)  # its parts and more: nobody trains on the rest
+        rows = _rows(loaded, _task_on(loaded, whole, f"{name}_{split}"), "training")
+        column = family.columns.image
+        found |= {PIXELS + one for one in image_hashes(row[column] for row in rows.select_columns([column])) if one}
+    return frozenset(found)
 
 
 def _prompt_kwargs(task: Task, family: Family, model_type: str) -> dict[str, Any]:
@@ -262,8 +317,8 @@ def _prompt_kwargs(task: Task, family: Family, model_type: str) -> dict[str, Any
     return kwargs
 
 
-def _rows(loaded: Loaded, task: Task) -> datasets.Dataset:
-    """The rows of the calibration split, read as lmms-eval reads a task's."""
+def _rows(loaded: Loaded, task: Task, purpose: str) -> datasets.Dataset:
+    """The rows of the task's split, read as lmms-eval reads a task's."""
     import datasets
 
     from bitquake.tasks import sources
@@ -281,25 +336,30 @@ def _rows(loaded: Loaded, task: Task) -> datasets.Dataset:
         elif task.data_file is not None:
             path, name, further = "parquet", None, {"data_files": {task.split: str(task.data_file)}}
         else:
-            assert family.dataset is not None and family.dataset.path is not None
-            path, name = family.dataset.path, family.dataset.name
-            further = {"revision": family.dataset.revision} if family.dataset.revision else {}
+            train = family.train if task.part == family.train else None
+            dataset_of = family.dataset if train is None or train.dataset is None else train.dataset
+            assert dataset_of is not None and dataset_of.path is not None
+            path, name = dataset_of.path, dataset_of.name
+            further = {"revision": dataset_of.revision} if dataset_of.revision else {}
         try:
             dataset = datasets.load_dataset(path, name, split=task.split, **further)
         except Exception as error:  # the hub's, the file system's, the format's: whatever its kind
             raise CalibrationError(
-                f"calibration: the dataset of {family.family} ({path}, split {task.split}) cannot be loaded "
+                f"{purpose}: the dataset of {family.family} ({path}, split {task.split}) cannot be loaded "
                 f"({type(error).__name__}: {error}). Without network, fetch it beforehand: "
                 f"`hf download --repo-type dataset {path}`"
             ) from error
         task.revision = sources.revision(dataset, task.data_file)
         return task.prepared(dataset)
     except FamilyError as error:
-        raise CalibrationError(f"calibration: {family.family}: {error}") from error
+        raise CalibrationError(f"{purpose}: {family.family}: {error}") from error
 
 
-def _order(rows: datasets.Dataset, seed: int) -> list[int]:
-    """Row numbers: the first row of every picture, then the second ones, ..., pictures and their rows by hash."""
+def _order(rows: datasets.Dataset, seed: int) -> tuple[list[int], list[str]]:
+    """Row numbers: the first row of every picture, then the second ones, ..., pictures and their rows by hash.
+
+    And the id of each row's picture, in that order.
+    """
     from bitquake.tasks.documents import IDS
 
     ids = rows.select_columns([IDS])[:][IDS]
@@ -310,4 +370,5 @@ def _order(rows: datasets.Dataset, seed: int) -> list[int]:
         image = ids[row]["image_id"]
         ranked.append((seen[image], place(seed, image), row))
         seen[image] += 1
-    return [row for *_, row in sorted(ranked)]
+    order = [row for *_, row in sorted(ranked)]
+    return order, [ids[row]["image_id"] for row in order]

@@ -11,30 +11,43 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..journal import digest
 from .sample import CalibrationError
 
 FOLDER = "calibration"
+_INSTEAD = {
+    "calibrated": (
+        "Evaluate another split, or calibrate on other pictures: calibration.data=FAMILY takes a family's calibration "
+        "split, which shares no picture with its test split; calibration.source=noise, text or self takes no picture "
+        "of any benchmark."
+    ),
+    "trained": (
+        "Evaluate another split, or train on other pictures: data: FAMILY takes a family's train split, and without: "
+        "[FAMILY] leaves a family's evaluated pictures out of any other data."
+    ),
+}
 PIXELS = "pixels:"
 
 
 class OverlapError(CalibrationError):
-    """A sample of the evaluation shows a picture that the model was calibrated on: its score would be no test."""
+    """A sample of the evaluation shows a picture that the model was calibrated or trained on: no test of it."""
 
 
 @dataclass(frozen=True)
 class CalibratedOn:
-    """The pictures that a model was calibrated on.
+    """The pictures that a model was calibrated or trained on.
 
     Attributes:
-        quant: the quantization, as messages call it.
+        quant: the quantization (or the training), as messages call it.
         image_ids: their names.
+        how: what was done with them.
     """
 
     quant: str
     image_ids: frozenset[str]
+    how: Literal["calibrated", "trained"] = "calibrated"
 
 
 def refuse_overlap(calibrated: CalibratedOn, image_ids: Iterable[str], where: str) -> None:
@@ -51,10 +64,8 @@ def refuse_overlap(calibrated: CalibratedOn, image_ids: Iterable[str], where: st
     if common:
         n = sum(name.startswith(PIXELS) for name in calibrated.image_ids)
         raise OverlapError(
-            f"{where}: its picture {common[0]} is one of the {n} that {calibrated.quant} was calibrated on, so its "
-            "results would not be those of unseen pictures, and none are published. Evaluate another split, or "
-            "calibrate on other pictures: calibration.data=FAMILY takes a family's calibration split, which shares no "
-            "picture with its test split; calibration.source=noise, text or self takes no picture of any benchmark."
+            f"{where}: its picture {common[0]} is one of the {n} that {calibrated.quant} was {calibrated.how} on, so "
+            f"its results would not be those of unseen pictures, and none are published. {_INSTEAD[calibrated.how]}"
         )
 
 

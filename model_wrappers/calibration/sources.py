@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .families import FamilySource, Show, is_family, with_calibration
+from .families import FamilySource, Show, is_family, with_split
 from .folders import PictureFolder, TextFolder
 from .prompts import BLOCK_PREFIX
 from .sample import CalibrationError, Source
@@ -68,7 +68,8 @@ def find_source(
     if data is None:
         raise CalibrationError(
             f"calibration: source {source} of {pretrained!r} needs data: the domain in question. Give data= a family "
-            f"with a calibration split ({', '.join(with_calibration())}), or a folder of pictures with a metadata.jsonl"
+            f"with a calibration split ({', '.join(with_split('calibration'))}), or a folder of pictures with a "
+            "metadata.jsonl"
         )
     noise = (spec.noise, spec.severity) if source == "corrupted-in-domain" else None
     folder = Path(data).expanduser()

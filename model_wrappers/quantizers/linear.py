@@ -110,6 +110,19 @@ class LinearLayout:
         return stored
 
 
+class _FromCodes(torch.autograd.Function):
+    """``x @ weight.T`` of a packed layer, whose weight is de-quantized again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return functional.linear(x, layer.weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient @ ctx.layer.weight.to(gradient.dtype)).to(ctx.dtype), None
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -305,7 +318,14 @@ class QuantizedLinear(nn.Module):
         return held + (self.kernel.held_bytes if self.kernel is not None else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x @ weight.T + bias`` over the last dimension of ``x``, quantized too where ``activation_bits`` says so."""
+        """``x @ weight.T + bias`` over the last dimension of ``x``, quantized too where ``activation_bits`` says so.
+
+        Gradients flow to ``x`` (not through a quantization of it); a packed layer keeps nothing for them but its codes.
+        """
+        learning = torch.is_grad_enabled() and x.requires_grad
+        if learning and self.dequantized is None and self.activation_bits is None:
+            y: Tensor = _FromCodes.apply(x, self)
+            return y if self.bias is None else y + self.bias
         if self.activation_bits is not None:
             if self.input_scale is not None:
                 x = (x.float() / self.input_scale).to(x.dtype)

@@ -1,8 +1,8 @@
 """The splits of the block world, disjoint by image: every split draws its scenes from seeds of its own range.
 
 ``rows`` yields the rows of one family and split with the column names and types of the real datasets, plus
-``sample_id`` and ``image_id``; ``train`` (what the reference models learn from) has no end in sight and is generated,
-the others have the sizes in ``SIZES``.
+``sample_id`` and ``image_id``; the shipped splits have the sizes in ``SIZES``. ``train`` has no end in sight and is
+generated: the reference models learn from pictures anywhere in it, ``train_rows`` yields its first ones.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ FAMILIES = (
 """New families go to the end: the place of a family decides its scenes' seeds."""
 SPLITS = ("dev", "calibration", "threshold", "test")
 """The shipped splits; the place of a split decides its scenes' seeds too."""
+TRAIN = "train"
 SHIFTS: dict[tuple[str, str], tuple[int, int]] = {
     ("block_refcocoplus", "testA"): (2, 3),
     ("block_refcocoplus", "testB"): (5, 6),
@@ -42,7 +43,7 @@ WORLD_SEED = 20_261
 
 _SPAN = 1 << 40
 _TRAIN_BASE = 1 << 44
-_SHIFT_PLACES = 1_000
+_SHIFT_PLACES, _TRAIN_PLACES = 1_000, 2_000
 
 
 class Size(NamedTuple):
@@ -78,6 +79,10 @@ SIZES: dict[str, dict[str, Size]] = {
     "block_coco_caption": {"test": Size(1_000, 1), "threshold": Size(500, 1), "calibration": Size(128, 1)},
     "block_flickr_retrieval": {"test": Size(1_000, 1), "threshold": Size(500, 1), "calibration": Size(128, 1)},
 }
+TRAIN_PER_IMAGE = {"block_vqav2": 5, "block_refcocoplus": 3, "block_scienceqa": 2, "block_coco_caption": 1}
+"""What models are trained on -> questions asked on one picture at most; the other families are shifts."""
+_PICTURES = 10_000_000
+"""Most pictures of one split."""
 
 
 def train_seed(rng: random.Random) -> int:
@@ -86,11 +91,15 @@ def train_seed(rng: random.Random) -> int:
 
 
 def scene_seed(family: str, split: str, index: int) -> int:
-    """Scene seed of picture ``index`` of a shipped split; ranges of different families and splits do not overlap."""
-    return WORLD_SEED * 1_000_000_000 + _place(family, split) * 10_000_000 + index
+    """Scene seed of picture ``index`` of a split; ranges of different families and splits do not overlap."""
+    if split == TRAIN:
+        return _TRAIN_BASE + FAMILIES.index(family) * _PICTURES + index
+    return WORLD_SEED * 1_000_000_000 + _place(family, split) * _PICTURES + index
 
 
 def _place(family: str, split: str) -> int:
+    if split == TRAIN and family in TRAIN_PER_IMAGE:
+        return _TRAIN_PLACES + FAMILIES.index(family)
     if (family, split) in SHIFTS:
         return _SHIFT_PLACES + list(SHIFTS).index((family, split))
     if family not in FAMILIES or split not in SPLITS:
@@ -117,7 +126,7 @@ def _vqa_rows(family: str, split: str, index: int, per_image: int) -> Iterator[d
     scene = scenes.sample_scene(seed, 1 if family == "block_vqav2" else 3, 6)
     image = {"bytes": encode_image(scenes.render(scene)), "path": None}
     makers = questions.VQA if family == "block_vqav2" else questions.ADVERSARIAL
-    picture = _place(family, split) * 10_000_000 + index
+    picture = _place(family, split) * _PICTURES + index
     for k, question in enumerate(questions.ask(makers, scene, rng, per_image)):
         votes = _vote(question, scene)
         number = picture * 10 + k
@@ -219,7 +228,7 @@ def _caption_rows(family: str, split: str, index: int) -> Iterator[dict[str, Any
     seed = scene_seed(family, split, index)
     scene = scenes.sample_scene(seed, captions.MIN_OBJECTS, captions.MAX_OBJECTS)
     said = captions.captions(scene)
-    number = _place(family, split) * 10_000_000 + index
+    number = _place(family, split) * _PICTURES + index
     image = {"bytes": encode_image(scenes.render(scene)), "path": None}
     name = f"block_{split}_{index:06d}.webp"
     ids = {"sample_id": f"{split}-{index}", "image_id": f"{split}-{index}"}
@@ -233,22 +242,40 @@ def _caption_rows(family: str, split: str, index: int) -> Iterator[dict[str, Any
 
 def rows(family: str, split: str) -> Iterator[dict[str, Any]]:
     """All rows of a shipped split, in order. Raises ValueError for a family or split that is not shipped."""
+    if split == TRAIN:
+        raise ValueError(f"no shipped split {split!r} of {family!r}; train_rows generates it")
     scene_seed(family, split, 0)
     total, per_image = SIZES[family][split]
     given, index = 0, 0
     while given < total:
-        if family in ("block_vqav2", "block_advqa"):
-            found = _vqa_rows(family, split, index, per_image)
-        elif family == "block_vizwiz":
-            found = _vizwiz_rows(split, index, per_image)
-        elif family == "block_refcocoplus":
-            found = _refcoco_rows(split, index, per_image)
-        elif family == "block_scienceqa":
-            found = _science_rows(split, index, per_image)
-        else:
-            found = _caption_rows(family, split, index)
-        for row in found:
+        for row in _picture_rows(family, split, index, per_image):
             if given < total:
                 given += 1
                 yield row
         index += 1
+
+
+def train_rows(family: str, pictures: int) -> Iterator[dict[str, Any]]:
+    """The rows on the first pictures of ``train``, in order.
+
+    Raises:
+        ValueError: a family that nothing is trained on, or more pictures than a split has.
+    """
+    if family not in TRAIN_PER_IMAGE:
+        raise ValueError(f"{family!r} has no {TRAIN} split; families with one are {', '.join(TRAIN_PER_IMAGE)}")
+    if not 1 <= pictures <= _PICTURES:
+        raise ValueError(f"{TRAIN} of {family!r} has 1 to {_PICTURES:,} pictures, not {pictures:,}")
+    for index in range(pictures):
+        yield from _picture_rows(family, TRAIN, index, TRAIN_PER_IMAGE[family])
+
+
+def _picture_rows(family: str, split: str, index: int, per_image: int) -> Iterator[dict[str, Any]]:
+    if family in ("block_vqav2", "block_advqa"):
+        return _vqa_rows(family, split, index, per_image)
+    if family == "block_vizwiz":
+        return _vizwiz_rows(split, index, per_image)
+    if family == "block_refcocoplus":
+        return _refcoco_rows(split, index, per_image)
+    if family == "block_scienceqa":
+        return _science_rows(split, index, per_image)
+    return _caption_rows(family, split, index)

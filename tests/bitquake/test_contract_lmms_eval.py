@@ -227,6 +227,19 @@ def test_messages_are_an_image_and_a_text_and_lead_back_to_the_config(task: Conf
     )
 
 
+def test_a_copied_task_shows_the_pictures_of_its_own_config(task: ConfigurableMessagesTask) -> None:
+    """What the noise cache relies on (``bitquake.model_wrappers.samples.from_noise_cache``)."""
+    import copy
+
+    copied, config, doc = copy.copy(task), copy.copy(task.config), task.test_docs()[0]
+    config.doc_to_visual = lambda doc, lmms_eval_specific_kwargs: ["another picture"]
+    copied._config = config
+    [message] = copied.doc_to_messages(doc)
+    assert message["content"][0]["url"] == "another picture", "ConfigurableTask.config: no longer what _config holds"
+    [message] = task.doc_to_messages(doc)
+    assert message["content"][0]["url"] != "another picture"
+
+
 def test_results_are_stripped_texts_and_every_metric_is_aggregated(task: ConfigurableMessagesTask) -> None:
     from bitquake.envelope import Envelope
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("noise", "metrics", "tasks", "model_wrappers", "reports", "leaderboard")
+ROOMS = ("noise", "metrics", "tasks", "model_wrappers", "reports", "leaderboard", "suites")
 LIGHT = ("bitquake.noise", "bitquake.metrics", "bitquake.tasks.scoring", "bitquake.reports", "bitquake.leaderboard")
 
 
@@ -119,8 +119,10 @@ def test_every_package_folder_is_listed() -> None:
 
 def test_typings_link_every_module_of_the_front_door() -> None:
     linked = {path.name for path in (ROOT / "typings" / "bitquake").iterdir()}
-    expected = {path.name for path in (ROOT / "bitquake").glob("*.py")} | set(ROOMS) | {"py.typed"}
-    assert linked == expected, "typings/bitquake must hold one link per module of bitquake/ and per room"
+    front = ROOT / "bitquake"
+    packages = {path.parent.name for path in front.glob("*/__init__.py")}
+    expected = {path.name for path in front.glob("*.py")} | packages | set(ROOMS) | {"py.typed"}
+    assert linked == expected, "typings/bitquake must hold one link per module and package of bitquake/ and per room"
 
 
 def test_type_checker_catches_a_wrong_argument_across_rooms(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from bitquake.leaderboard.board_file import BoardEntry, BoardFile, without_point
 from bitquake.leaderboard.method import FORMULAS
 from bitquake.leaderboard.numbers import GENERATOR
 from bitquake.leaderboard.pages import http_address
-from bitquake.leaderboard.published import published_numbers
 from bitquake.leaderboard.views import BoardView
 from bitquake.metrics import METRICS
+from bitquake.reports.published import published_numbers
 
 STATIC = Path(pages.__file__).parent / "static"
 CSP = (

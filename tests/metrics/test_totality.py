@@ -123,6 +123,9 @@ def test_every_function_of_the_room_is_asked() -> None:
         *("replicate", "replicate_jointly", "mean_figure", "difference_in_differences", "relative_robustness"),
         *("quantization_error", "fit_thresholds", "apply_thresholds", "transfer", "mixture_curve"),
         *("phi_threshold", "effective_reliability"),
+        # of grids of runs
+        *("grid", "decompose", "variance_shares", "type_two", "leave_one_level", "without_lowest", "complete_part"),
+        *("forest_importance", "sensitivity", "agreement", "consensus", "pareto_front", "cheapest"),
     }
     public = {name for name in metrics.__all__ if callable(getattr(metrics, name)) and name[0].islower()}
     assert public - without_samples == {name for name in CALLS if " " not in name} - {"jointly", "phi"}

@@ -53,7 +53,7 @@ class Asked:
         text = {"type": "text", "text": self.task.doc_to_text(doc, self.kwargs)}
         return [{"role": "user", "content": [*content, text]}]
 
-    def prepared(self, calibrated: CalibratedOn | None) -> list[Sample]:
+    def prepared(self, calibrated: CalibratedOn | None, trained: tuple[CalibratedOn, ...] = ()) -> list[Sample]:
         processor = load_processor(resolve_pretrained(BLOCK), revision=None, trust_remote_code=False)
         contract = TaskContract.of(self.doc_to_messages, self.name)
         documents = {self.name: {"test": self.docs}}
@@ -65,6 +65,7 @@ class Asked:
                 processor,
                 "idefics3",
                 calibrated,
+                trained=trained,
             )
             for i in range(len(self.docs))
         ]
@@ -104,6 +105,19 @@ def test_an_evaluation_on_a_calibration_picture_ends(name: str, kind: str) -> No
     assert message.startswith(f"task {name!r}, document {first}: its picture {known} is one of")
     assert "awq-int4-g128 was calibrated on" in message and "calibration.data=FAMILY" in message
     assert asked.prepared(None)[20].error is None  # a model that saw nothing may answer
+
+
+def test_a_picture_that_the_model_or_its_adapter_was_trained_on_is_refused() -> None:
+    asked = Asked("block_vqav2_clean", n=6)
+    nothing = CalibratedOn("the model of training 01234567", frozenset({"pixels:other"}), "trained")
+    assert all(not sample.error for sample in asked.prepared(None, (nothing,)))
+    known = CalibratedOn(
+        "the adapter of training 89abcdef", frozenset({f"pixels:{pixel_hash(asked.docs[5]['image'])}"}), "trained"
+    )
+    with pytest.raises(
+        OverlapError, match=r"that the adapter of training 89abcdef was trained on.*without: \[FAMILY\]"
+    ):
+        asked.prepared(None, (nothing, known))
 
 
 def test_a_corrupted_calibration_picture_is_known_by_the_clean_one(calibration: CalibratedOn) -> None:

@@ -170,7 +170,7 @@ def test_the_size_that_a_box_counts_from_must_be_known() -> None:
     [
         ({"source": "none"}, "source none holds no samples.*data-free"),
         ({"source": "in-domain", "data": "block_vqa"}, "neither a folder nor a task family.*mean 'block_vqav2'"),
-        ({"source": "in-domain", "data": "refcocoplus"}, "'refcocoplus' has no calibration split.*block_vqav2"),
+        ({"source": "in-domain", "data": "vizwiz"}, "'vizwiz' has no calibration split.*block_vqav2"),
         ({"source": "in-domain", "data": "vqav2"}, "lmms-lab-encoder/VQAv2.*cannot be loaded.*hf download"),
         ({"source": "caption", "data": "block_vqav2"}, "has none; use source in-domain"),
         ({"source": "noise", "data": "block_vqav2"}, "takes no data"),

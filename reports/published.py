@@ -1,4 +1,4 @@
-"""Numbers of the literature (``published.yaml``): cited table by table, on a page of their own."""
+"""Numbers of the literature (``published.yaml``): cited table by table, apart from what is measured."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Evidence = Literal["paper", "note"]
+Evidence = Literal["paper", "note", "files"]
 EVIDENCE: dict[Evidence, str] = {
     "paper": "Read in the paper.",
     "note": "As a reading note of the paper gives them; not checked against the paper itself.",
+    "files": "Read in the result files that the authors published with their code.",
 }
 
 
@@ -55,9 +56,16 @@ class Published(_Entry):
 
     tables: list[PublishedTable]
 
+    @model_validator(mode="after")
+    def _named_once(self) -> Published:
+        names = [table.id for table in self.tables]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"tables: {min(twice)!r} stands there twice")
+        return self
+
 
 @cache
 def published_numbers() -> Published:
     """The tables of ``published.yaml``."""
-    text = resources.files("bitquake.leaderboard").joinpath("published.yaml").read_text(encoding="utf-8")
+    text = resources.files("bitquake.reports").joinpath("published.yaml").read_text(encoding="utf-8")
     return Published.model_validate(yaml.safe_load(text))

@@ -1,0 +1,1 @@
+"""Training: quantization-aware (GRACE) and adapters, resumable and exported into the packed format."""

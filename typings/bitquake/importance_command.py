@@ -1,0 +1,1 @@
+../../bitquake/importance_command.py

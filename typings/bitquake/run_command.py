@@ -1,0 +1,1 @@
+../../bitquake/run_command.py

@@ -1,0 +1,1 @@
+../../bitquake/suite_plan.py

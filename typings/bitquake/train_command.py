@@ -1,0 +1,1 @@
+../../bitquake/train_command.py
