@@ -1,4 +1,5 @@
-"""What a suite's output folder says of itself: the plan (``suite.json``) and each finished cell (``cell.json``).
+"""What a suite's output folder says of itself: the plan (``suite.json``), each finished cell (``cell.json``), and the
+copies of a cell's answers with the confidences of the plan's Selectors (``applied/<hash>``).
 
 A cell is one loaded model (checkpoint, quantization, calibration source, seed) with all its tasks. ``bitquake run``
 writes these files; the study pages read them and nothing else of the suite.
@@ -6,13 +7,20 @@ writes these files; the study pages read them and nothing else of the suite.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import json
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from bitquake.model_wrappers.journal import digest
 
 PLAN_VERSION = 1
 PLAN_FILE = "suite.json"
 CELL_FILE = "cell.json"
+APPLIED = "applied"
+MADE_FROM = "made_from.json"
+"""In a copy with confidences, written last: the Selectors' files."""
 World = Literal["real", "block"]
 Page = Literal["noise", "grounding", "components", "selective", "training"]
 
@@ -116,3 +124,37 @@ class CellManifest(_Part):
     noise_cache: dict[str, int] | None = None
     began: str
     machine: dict[str, str] = Field(default_factory=dict)
+
+
+class PlannedFit(NamedTuple):
+    """A Selector: its name as of ``bitquake selector fit``, and the cells whose dev runs it learns from."""
+
+    name: str
+    cells: tuple[PlannedCell, ...]
+
+    @property
+    def file(self) -> str:
+        """Name of its file, by everything it is made from."""
+        return f"{digest([self.name, [cell.hash for cell in self.cells]])}.safetensors"
+
+
+def planned_fits(plan: SuitePlan, cell: PlannedCell) -> Iterator[PlannedFit]:
+    """The Selectors whose confidences a cell's answers get."""
+    if "own" in plan.selectors:
+        yield PlannedFit("selector", (cell,))
+    if "transfer" in plan.selectors:
+        yield PlannedFit("selector_transfer", (plan.cell(cell.twin) if cell.twin else cell,))
+    if "mixture" in plan.selectors:
+        mixed = [one for one in plan.cells if one.model == cell.model and one.quantization in plan.selector_mixture]
+        # one of each quantization: as the cell is calibrated and seeded, or as the plan has it first
+        chosen = {}
+        for one in mixed:
+            same = (one.calibration, one.seed) == (cell.calibration, cell.seed)
+            if one.quantization not in chosen or same:
+                chosen[one.quantization] = one
+        yield PlannedFit("selector_mixture", tuple(chosen.values()))
+
+
+def made_from(plan: SuitePlan, cell: PlannedCell) -> str:
+    """What ``made_from.json`` says in the copy of a cell, once it is whole and as long as it fits the plan."""
+    return json.dumps([fit.file for fit in planned_fits(plan, cell)])

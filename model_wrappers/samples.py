@@ -12,7 +12,7 @@ import numpy as np
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 
-from bitquake.noise import ImageError, NoiseCache, NoiseError, load_rgb, pixel_hash
+from bitquake.noise import ImageError, NoiseCache, NoiseError, known_pixel_hash, load_rgb, pixel_hash
 
 from .calibration.overlap import CalibratedOn, document_image_ids, refuse_overlap
 from .generation import GenerationRequest
@@ -188,7 +188,7 @@ def _is_plain_rgb(image: Any) -> bool:
 
 def _pixel_hash(image: Image.Image) -> str:
     # without anything beside its pixels, RGB needs none of the work that load_rgb does on pictures
-    return pixel_hash(image if image.info else np.asarray(image))
+    return known_pixel_hash(image) or pixel_hash(image if image.info else np.asarray(image))
 
 
 def _conversation(chat: ChatMessages, contract: TaskContract, model_type: str) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from . import (  # noqa: F401  (each registers its noises)
 )
 from .cache import NoiseCache
 from .errors import ImageError, NoiseError
-from .pixels import load_rgb, pixel_hash
+from .pixels import as_picture, known_pixel_hash, load_rgb, pixel_hash
 from .registry import SEVERITIES, Box, ImageNoise, Size, image_noises
 from .request import GROUPS, apply, apply_text, move_box, noise_names
 from .seeding import SampleKey
@@ -51,7 +51,9 @@ __all__ = [
     "TextNoise",
     "apply",
     "apply_text",
+    "as_picture",
     "image_noises",
+    "known_pixel_hash",
     "load_rgb",
     "move_box",
     "noise_names",

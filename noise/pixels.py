@@ -16,6 +16,7 @@ from PIL import Image, ImageFile, ImageOps
 from .errors import ImageError
 
 RGB = npt.NDArray[np.uint8]
+_DIGEST = "_bitquake_pixel_hash"
 
 
 def load_rgb(image: Any) -> RGB:
@@ -64,6 +65,23 @@ def pixel_hash(image: Any) -> str:
     digest.update(f"{rgb.shape[0]}x{rgb.shape[1]}:".encode())
     digest.update(rgb.data)
     return digest.hexdigest()
+
+
+def as_picture(pixels: RGB, digest: str = "") -> Image.Image:
+    """A PIL image of an array's pixels, which it copies, that carries their :func:`pixel_hash` where that is known.
+
+    What Pillow makes from it (a copy, a part, another size) carries none. It must not be drawn on.
+    """
+    image = Image.fromarray(pixels)
+    if digest:
+        setattr(image, _DIGEST, digest)
+    return image
+
+
+def known_pixel_hash(image: Image.Image) -> str:
+    """The hash that :func:`as_picture` was given; "" where there was none."""
+    digest: str = getattr(image, _DIGEST, "")
+    return digest
 
 
 def _open(data: bytes) -> Image.Image:

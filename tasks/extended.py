@@ -249,7 +249,7 @@ class ExtendedTask(Task):
         key = self.key(doc)
         if place:
             key = key._replace(sample_id=f"{key.sample_id}#{place}")
-        return Image.fromarray(self.pixels(visual, key))
+        return self.picture(visual, key)
 
 
 def _options(values: Sequence[Any]) -> list[str]:

@@ -21,8 +21,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from bitquake.envelope import Envelope, EnvelopeError, decode
-from bitquake.noise import ImageError, NoiseCache, NoiseSpec, SampleKey, load_rgb
-from bitquake.noise.pixels import RGB
+from bitquake.noise import ImageError, NoiseCache, NoiseSpec, SampleKey, as_picture, load_rgb
 from bitquake.records import RECORD_KEY, Failure, SampleRecord, question_hash
 
 from . import aggregate, answers, sources
@@ -125,18 +124,17 @@ class Task:
         task.noise_cache = cache
         return task
 
-    def pixels(self, picture: Any, key: SampleKey) -> RGB:
-        """A picture's pixels with the task's image noise, if it has one.
+    def picture(self, source: Any, key: SampleKey) -> Image.Image:
+        """A picture as RGB, with the task's image noise, if it has one.
 
         Raises:
             ImageError: the picture is missing or does not decode.
         """
         if self.noise is None or self.noise.medium != "image":
-            return load_rgb(picture)
+            return as_picture(load_rgb(source))
         if self.noise_cache is not None:
-            return self.noise_cache.apply(self.noise, picture, key)
-        made: RGB = self.noise.apply(load_rgb(picture), key)
-        return made
+            return as_picture(*self.noise_cache.picture(self.noise, source, key))
+        return as_picture(self.noise.apply(load_rgb(source), key))
 
     def key(self, doc: Mapping[str, Any]) -> SampleKey:
         """What seeds the document's noise."""
@@ -208,7 +206,7 @@ class Task:
         if encoded is None and self.contract.text_only_rows:
             return []
         try:
-            return [Image.fromarray(self.pixels(encoded, self.key(doc)))]
+            return [self.picture(encoded, self.key(doc))]
         except ImageError as error:
             raise ImageError(f"{error} (task {self.name}, sample {doc[IDS]['sample_id']})") from error
 

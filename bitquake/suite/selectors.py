@@ -8,52 +8,13 @@ A finished fit or copy is kept; it is made again when what it is made from chang
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from bitquake.model_wrappers.journal import digest
-from bitquake.suite_plan import PlannedCell, SuitePlan
+from bitquake.suite_plan import APPLIED, MADE_FROM, PlannedCell, PlannedFit, SuitePlan, made_from, planned_fits
 
-SELECTORS, APPLIED = "selectors", "applied"
-MADE_FROM = "made_from.json"
-"""In a copy with confidences, written last: the Selectors' files."""
-
-
-class PlannedFit(NamedTuple):
-    """A Selector: its name as of ``bitquake selector fit``, and the cells whose dev runs it learns from."""
-
-    name: str
-    cells: tuple[PlannedCell, ...]
-
-    @property
-    def file(self) -> str:
-        """Name of its file, by everything it is made from."""
-        return f"{digest([self.name, [cell.hash for cell in self.cells]])}.safetensors"
-
-
-def planned_fits(plan: SuitePlan, cell: PlannedCell) -> Iterator[PlannedFit]:
-    """The Selectors whose confidences a cell's answers get."""
-    if "own" in plan.selectors:
-        yield PlannedFit("selector", (cell,))
-    if "transfer" in plan.selectors:
-        yield PlannedFit("selector_transfer", (plan.cell(cell.twin) if cell.twin else cell,))
-    if "mixture" in plan.selectors:
-        mixed = [one for one in plan.cells if one.model == cell.model and one.quantization in plan.selector_mixture]
-        # one of each quantization: as the cell is calibrated and seeded, or as the plan has it first
-        chosen = {}
-        for one in mixed:
-            same = (one.calibration, one.seed) == (cell.calibration, cell.seed)
-            if one.quantization not in chosen or same:
-                chosen[one.quantization] = one
-        yield PlannedFit("selector_mixture", tuple(chosen.values()))
-
-
-def made_from(plan: SuitePlan, cell: PlannedCell) -> str:
-    """What ``made_from.json`` says in the copy of a cell, once it is whole and as long as it fits the plan."""
-    return json.dumps([fit.file for fit in planned_fits(plan, cell)])
+SELECTORS = "selectors"
 
 
 def fit_and_apply(

@@ -19,8 +19,17 @@ from pydantic import BaseModel, ValidationError
 from bitquake.quant_card import QuantCard
 from bitquake.reports.problems import Problem, ReportError, RunError
 from bitquake.reports.runs import Cell, InputFile, Run, read_runs
-from bitquake.suite.selectors import APPLIED, MADE_FROM, made_from
-from bitquake.suite_plan import CELL_FILE, PLAN_FILE, PLAN_VERSION, CellManifest, PlannedCell, SuitePlan
+from bitquake.suite_plan import (
+    APPLIED,
+    CELL_FILE,
+    MADE_FROM,
+    PLAN_FILE,
+    PLAN_VERSION,
+    CellManifest,
+    PlannedCell,
+    SuitePlan,
+    made_from,
+)
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _RERUN = "`bitquake run` on the same suite and folder runs it again"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from bitquake.model_wrappers.samples import from_noise_cache
-from bitquake.noise import NoiseCache, SampleKey, move_box, pixel_hash
+from bitquake.noise import NoiseCache, SampleKey, known_pixel_hash, move_box, pixel_hash
 from bitquake.noise import cache as cache_module
 
 Load = Callable[..., Any]
@@ -122,7 +122,11 @@ def test_stock_tasks_with_our_noise_use_it(tmp_path: Path, tmp_path_factory: pyt
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
     expected = task.noise.apply(np.asarray(picture), SampleKey("a", "b", "c"))
     for _ in range(2):
-        assert np.array_equal(task.pixels(picture, SampleKey("a", "b", "c")), expected)
+        made = task.picture(picture, SampleKey("a", "b", "c"))
+        assert np.array_equal(np.asarray(made), expected)
+        assert known_pixel_hash(made) == pixel_hash(expected)
+        for other in (made.copy(), made.resize((30, 20)), made.crop((0, 0, 9, 9))):  # its pixels may be others
+            assert known_pixel_hash(other) == ""
     assert task.noise_cache.counts == {"hits": 1, "misses": 1}
 
 

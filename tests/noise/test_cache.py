@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bitquake.noise import ImageError, NoiseCache, NoiseError, NoiseSpec, SampleKey, image_noises, load_rgb
+from bitquake.noise import ImageError, NoiseCache, NoiseError, NoiseSpec, SampleKey, image_noises, load_rgb, pixel_hash
 from bitquake.noise import cache as module
 
 GIGABYTE = 10**9
@@ -67,7 +67,8 @@ def test_the_same_pixels_with_and_without(
     expected = spec.apply(load_rgb(source), key(sample))
     before = shared.counts
     for _ in range(2):
-        pixels = shared.apply(spec, source, key(sample))
+        pixels, digest = shared.picture(spec, source, key(sample))
+        assert digest == pixel_hash(expected)
         assert pixels.dtype == np.uint8
         assert pixels.shape == expected.shape
         assert np.array_equal(pixels, expected)

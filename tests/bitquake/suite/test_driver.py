@@ -20,10 +20,9 @@ from bitquake.suite import commands
 from bitquake.suite.driver import CellError, Event, next_cell, record_failure, run_order, worker_environment
 from bitquake.suite.progress import View
 from bitquake.suite.run import matches
-from bitquake.suite.selectors import planned_fits
 from bitquake.suite.status import read_status
 from bitquake.suite.store import CURVE_FILE, open_store
-from bitquake.suite_plan import CellManifest, SuitePlan
+from bitquake.suite_plan import CellManifest, SuitePlan, planned_fits
 
 Plan = Callable[..., SuitePlan]
 MODEL = {"name": "m", "pretrained": "bitquake/block-idefics3"}

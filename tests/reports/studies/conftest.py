@@ -13,8 +13,7 @@ import pytest
 from run_folders import Model, Runs, Task, blake
 
 from bitquake.records import RECORD_KEY
-from bitquake.suite.selectors import MADE_FROM, made_from
-from bitquake.suite_plan import CellManifest, PlannedCell, SuitePlan
+from bitquake.suite_plan import MADE_FROM, CellManifest, PlannedCell, SuitePlan, made_from
 
 Edit = Callable[[str, list[Any]], list[Any]]
 
