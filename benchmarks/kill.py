@@ -45,7 +45,7 @@ models:
 quantizations: [full-precision, rtn-int8-g64, rtn-int4-g64, rtn-int3-g64, rtn-int2-g64, hqq-int4-g64]
 tasks: [block_vqav2_threshold, block_vqav2_clean, block_vqav2_gaussian_noise_3, block_scienceqa_clean]
 arguments: {batch_size: 16}
-block: {limit: 500}
+block: {limit: 300}
 """
 WHOLE_RUN_S = 1200
 """After which a run counts as hanging."""
