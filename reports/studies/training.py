@@ -35,6 +35,8 @@ from bitquake.reports.studies.study import Study
 from bitquake.reports.tables import Column
 
 _FULL_BITS = 16
+_Judged = dict[tuple[str, str], tuple[Figure, float]]
+"""(key of a row, metric) -> a difference, and its p-value corrected for all those of its table."""
 
 
 def training_page(study: Study, problems: list[Problem], *, replicates: int, seed: int) -> StudyPage:
@@ -97,14 +99,23 @@ def _rows(bench: Bench, prefix: str, about: str) -> StudySection:
     return StudySection(f"{prefix}rows", f"{about}quantized afterwards, or trained for it", [text], tables, notes=notes)
 
 
+def _judged(differences: Mapping[tuple[str, str], Figure | None]) -> _Judged:
+    known = {key: found for key, found in differences.items() if found is not None}
+    return {key: (known[key], p) for key, p in zip(known, corrected(list(known.values())), strict=True)}
+
+
+def _base_changes(bench: Bench, condition: str) -> _Judged:
+    pairs = [(arm, metric) for arm in bench.arms for metric in STUDY_METRICS]
+    return _judged({(arm.key, metric): bench.less(arm, bench.base, condition, metric) for arm, metric in pairs})
+
+
+def _twin_changes(bench: Bench, condition: str) -> _Judged:
+    pairs = [(arm, metric) for arm in bench.arms if arm.bits in bench.widths for metric in STUDY_METRICS]
+    return _judged({(arm.key, metric): bench.less(arm, bench.twin(arm), condition, metric) for arm, metric in pairs})
+
+
 def _base_table(bench: Bench, condition: str) -> StudyTable:
-    changes = {
-        (arm.key, metric): found
-        for arm in bench.arms
-        for metric in STUDY_METRICS
-        if (found := bench.less(arm, bench.base, condition, metric)) is not None
-    }
-    adjusted = dict(zip(changes, corrected(list(changes.values())), strict=True))
+    changes = _base_changes(bench, condition)
     rows: list[StudyRow] = []
     for bits in _widths(bench):
         rows.append(StudyRow(precision(bits).capitalize() if bits == _FULL_BITS else precision(bits), group=True))
@@ -115,8 +126,8 @@ def _base_table(bench: Bench, condition: str) -> StudyTable:
                 if own is None:
                     cells.append(missing())
                 elif (arm.key, metric) in changes:
-                    p = adjusted[arm.key, metric]
-                    cells.append(value_and_change(own, changes[arm.key, metric], METRICS[metric], adjusted=p))
+                    change, p = changes[arm.key, metric]
+                    cells.append(value_and_change(own, change, METRICS[metric], adjusted=p))
                 else:
                     cells.append(value(own, METRICS[metric].unit))
             rows.append(StudyRow(arm.title, cells, arm.note, twin=arm is bench.base))
@@ -284,30 +295,24 @@ def _beaten(
 
 def _twins(bench: Bench, about: str) -> list[Finding]:
     """What quantization costs trained arms against their own twins, and what training alone gives."""
-    wanted: dict[tuple[str, str], Figure] = {}
-    chosen = []
+    against_base = {condition: _base_changes(bench, condition) for condition in bench.conditions}
+    against_twin = {condition: _twin_changes(bench, condition) for condition in bench.conditions}
+    findings = []
     for arm in bench.arms:
         twin = bench.twin(arm)
         if arm.kind != "trained" or not _headline(bench, arm):
             continue
-        other = twin if arm.bits < _FULL_BITS else bench.base
+        low = arm.bits < _FULL_BITS
+        other, changes = (twin, against_twin) if low else (bench.base, against_base)
         if other is None or other is arm:
             continue
-        chosen.append((arm, other))
-        for condition in bench.conditions:
-            found = bench.less(arm, other, condition, "accuracy")
-            if found is not None:
-                wanted[arm.key, condition] = found
-    adjusted = dict(zip(wanted, corrected(list(wanted.values())), strict=True))
-    findings = []
-    for arm, _ in chosen:
-        keys = {c: (arm.key, c) for c in bench.conditions if (arm.key, c) in wanted}
-        told = tell(Compared(c, wanted[key], adjusted[key]) for c, key in keys.items())
+        found = {c: changes[c][arm.key, "accuracy"] for c in bench.conditions if (arm.key, "accuracy") in changes[c]}
+        told = tell(Compared(condition, change, p) for condition, (change, p) in found.items())
         if not told.effects:
             continue
         what = (
             f"{arm.title} at {precision(arm.bits)} against its own full-precision twin"
-            if arm.bits < _FULL_BITS
+            if low
             else f"{arm.title} at full precision against the public base (what training alone gives)"
         )
         findings.append(Finding(f"{about}{what}, accuracy: {told.text}.", told.verdict))
@@ -363,18 +368,19 @@ def _same_base(bench: Bench, prefix: str, about: str) -> tuple[list[Finding], St
 
 def _adapter_findings(bench: Bench, pairs: Sequence[tuple[Arm, Arm]], about: str) -> list[Finding]:
     """Trained on the quantized base against put on it afterwards, in accuracy."""
-    chosen = [(arm, other) for arm, other in pairs if other.kind == "trained-ptq"]
-    wanted = {
-        (arm.key, other.key, condition): found
-        for arm, other in chosen
-        for condition in bench.conditions
-        if (found := bench.less(arm, other, condition, "accuracy")) is not None
-    }
-    adjusted = dict(zip(wanted, corrected(list(wanted.values())), strict=True))
+    judged = {}
+    for condition in bench.conditions:
+        wanted = [(arm, other, metric) for arm, other in pairs for metric in STUDY_METRICS]
+        judged[condition] = _judged(
+            {(f"{arm.key} {other.key}", m): bench.less(arm, other, condition, m) for arm, other, m in wanted}
+        )
     findings = []
-    for arm, other in chosen:
-        keys = {c: key for c in bench.conditions if (key := (arm.key, other.key, c)) in wanted}
-        told = tell(Compared(c, wanted[key], adjusted[key]) for c, key in keys.items())
+    for arm, other in pairs:
+        if other.kind != "trained-ptq":
+            continue
+        key = f"{arm.key} {other.key}", "accuracy"
+        found = {condition: changes[key] for condition, changes in judged.items() if key in changes}
+        told = tell(Compared(condition, change, p) for condition, (change, p) in found.items())
         if told.effects:
             text = f"{about}{arm.title} against {other.title}, accuracy: {told.text}."
             findings.append(Finding(text, told.verdict))
