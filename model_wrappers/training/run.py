@@ -88,12 +88,12 @@ def run_training(
         if done is not None:
             return done
         on = accelerator(config)
-        if on.is_main_process:
-            _write_json(folder / CONFIG_FILE, {"hash": training_hash(config), **config.model_dump(mode="json")})
         prepared = _prepare(config, folder, on.device)
         examples = Examples(
             config, prepared.trainee.model, prepared.processor, rank=on.process_index, processes=on.num_processes
         )
+        if on.is_main_process:  # not before: what cannot begin must not keep the folder from what can
+            _write_json(folder / CONFIG_FILE, {"hash": training_hash(config), **config.model_dump(mode="json")})
         outcome = train(prepared.trainee, examples, config, folder, on=on, minutes=minutes, progress=progress)
         if not outcome.finished:
             raise TrainingError(

@@ -127,6 +127,12 @@ def test_another_training_s_folder_is_refused(tiny_architectures: Any, data: Pat
         read_config(tmp_path / "nothing")
 
 
+def test_what_cannot_begin_leaves_the_folder_free(tiny_architectures: Any, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no"):
+        run_training(config_of(tiny_architectures, tmp_path / "none"), tmp_path / "out")
+    assert run_training(config_of(tiny_architectures, data, steps=1), tmp_path / "out").folder == tmp_path / "out"
+
+
 def test_two_programs_train_one_after_the_other(tiny_architectures: Any, data: Path, tmp_path: Path) -> None:
     config = config_of(tiny_architectures, data, steps=1)
     found: list[Trained] = []
