@@ -22,13 +22,6 @@ from bitquake.suite.plan import plan_suite
 from bitquake.suite.reader import load_suite, suite_names
 from bitquake.suite_plan import SuitePlan
 
-SIZES = {
-    "vqav2_clean": 107_000, "vqav2_threshold": 21_400, "advqa_clean": 5_200, "vizwiz_clean": 3_460,
-    "refcocoplus_clean": 8_600, "refcocoplus_threshold": 2_150, "refcocoplus_testA": 5_726, "refcocoplus_testB": 4_889,
-    "scienceqa_clean": 1_510, "scienceqa_threshold": 520, "mmbench_clean": 4_329, "coco_caption_clean": 2_500,
-    "flickr_retrieval_clean": 1_020,
-}  # fmt: skip
-"""Samples of tasks whose size only their data tell; from the families' READMEs."""
 ANSWERS = {"flickr_retrieval_clean": 10.0}
 """What a sample costs, in short answers: a retrieval sample scores 100 captions on one picture."""
 BEGIN_SECONDS = 20.0
@@ -43,7 +36,7 @@ class Job(NamedTuple):
 
 
 def jobs(plan: SuitePlan, parts: int) -> list[Job]:
-    """The suite's cells in the order of their work, each in so many parts with a share of its tasks."""
+    """The suite's cells in the order of their work, each in at most so many parts, which share its tasks evenly."""
     cells = run_order(plan.cells)
     speeds = {
         model: estimate(plan, [cell for cell in cells if cell.model == model], {}, 1).speeds[model]
@@ -51,12 +44,15 @@ def jobs(plan: SuitePlan, parts: int) -> list[Job]:
     }
     found = []
     for cell in cells:
-        sizes = {task: cell.n.get(task) or SIZES[task] for task in cell.tasks}
-        n = min(parts, len(sizes))
         speed = speeds[cell.model]
-        answers = sum(size * ANSWERS.get(task, 1.0) for task, size in sizes.items())
-        seconds = answers / n / speed.answers + speed.load_seconds + BEGIN_SECONDS
-        found += [Job(seconds / 3600, sum(sizes.values()) // n)] * n
+        shares: list[tuple[float, int]] = [(0.0, 0)] * min(parts, len(cell.tasks))  # answers, samples
+        costs = {task: cell.n[task] * ANSWERS.get(task, 1.0) for task in cell.tasks}
+        for task in sorted(costs, key=lambda task: -costs[task]):
+            answers, samples = heapq.heappop(shares)
+            heapq.heappush(shares, (answers + costs[task], samples + cell.n[task]))
+        for answers, samples in shares:
+            seconds = answers / speed.answers + speed.load_seconds + BEGIN_SECONDS
+            found.append(Job(seconds / 3600, samples))
     return found
 
 
@@ -98,7 +94,7 @@ def main() -> None:
         ]
         every = sorted((job for own in work for job in own), key=lambda job: -job.hours)
         rows.append(row("all, longest first", sum(cells), every, options.gpus, options.price))
-        print(f"each cell in {parts} part{'s' if parts > 1 else ''}")
+        print("cells whole" if parts == 1 else f"each cell in at most {parts} parts, of whole tasks")
         print(tabulate(rows, headers="keys", disable_numparse=True), end="\n\n")
 
 

@@ -80,9 +80,10 @@ def shown(cell: Any, column: str) -> str:
     if cell.get("value") is None:
         return "n/a"
     times = next((unit for word, unit in _UNITS.items() if word in column), 100.0)
-    change = "verdict" in cell
+    digits, sign = (2 if times == 1 else 1), ("+" if "verdict" in cell else "")
+    # + 0.0: no minus before a zero
     value, lo, hi = (
-        "" if cell.get(key) is None else f"{times * cell[key] + 0.0:{'+' if change else ''}.{2 if times == 1 else 1}f}"
+        "" if cell.get(key) is None else f"{round(times * cell[key], digits) + 0.0:{sign}.{digits}f}"
         for key in ("value", "lo", "hi")
     )
     verdict = cell.get("verdict", "tied")

@@ -1,6 +1,6 @@
 """What a cell is, as a hash: everything that decides its answers, and nothing that does not.
 
-In the hash: the checkpoint (bytes of one on this machine, name and revision of the hub's), the spec with its name and
+In the hash: the checkpoint (files of one on this machine, name and revision of the hub's), the spec with its name and
 calibration (seed and data included), the training, ``model_args`` that reach the answers, and the tasks with limits and
 versions. Not in it: folders, devices, threads, the names that a suite gives to models, and the versions of Bitquake and
 of the plan's form: a new release goes on with what is finished.
@@ -25,11 +25,12 @@ _WHOLE = 1 << 26
 """Bytes: of a larger file, ``_PROBES`` evenly spaced blocks stand for the whole."""
 _PROBES, _BLOCK = 1024, 4096
 _PROSE = (".md", ".png", ".jpg")
+"""Beside a checkpoint's weights; pictures of a data folder are its data."""
 _ABOUT = ("training.json",)
 
 
 def checkpoint_identity(pretrained: str, revision: str | None = None) -> list[str]:
-    """What tells a checkpoint from others: its bytes where it is a folder, name and revision on the hub.
+    """What tells a checkpoint from others: its files where it is a folder, name and revision on the hub.
 
     Raises:
         ValueError: a ``bitquake/`` name that does not ship.
@@ -75,9 +76,11 @@ def cell_hashes(
 
 
 def data_identity(data: str) -> list[Any]:
-    """What tells data for calibration or training from others: a folder's bytes, a family's name and versions."""
+    """What tells data for calibration or training from others: a folder's files, a family's name and versions."""
     folder = Path(data).expanduser()
-    return ["bytes", _folder_hash(folder.resolve())] if folder.is_dir() else [data, *family_versions(data)]
+    if folder.is_dir():
+        return ["bytes", _folder_hash(folder.resolve(), prose=True)]
+    return [data, *family_versions(data)]
 
 
 def training_identity(config: QatConfig | LoraConfig) -> str:
@@ -88,12 +91,14 @@ def training_identity(config: QatConfig | LoraConfig) -> str:
 
 
 @lru_cache(maxsize=256)
-def _folder_hash(folder: Path) -> str:
-    """blake2b of names, sizes and bytes of a folder's files, prose left out."""
+def _folder_hash(folder: Path, prose: bool = False) -> str:
+    """blake2b of names, sizes and bytes of a folder's files (of a large one: of blocks of it), prose left out or not."""
     hashed = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if not path.is_file() or path.suffix.lower() in _PROSE or path.name in _ABOUT or ".cache" in inside.parts:
+        if not path.is_file() or ".cache" in inside.parts:
+            continue
+        if not prose and (path.suffix.lower() in _PROSE or path.name in _ABOUT):
             continue
         size = path.stat().st_size
         hashed.update(f"{inside.as_posix()}\0{size}\0".encode())

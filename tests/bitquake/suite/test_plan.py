@@ -170,18 +170,25 @@ def test_the_users_lists_of_ids_are_in_the_hash(plan: Plan, tmp_path: Path, monk
     assert hashes[0] == hashes[3] and len(set(hashes)) == 3
 
 
+@pytest.mark.parametrize("name", suite_names())
+def test_suites_that_ship_tell_their_whole_size(name: str) -> None:
+    for cell in plan_suite(load_suite(name)).cells:
+        assert cell.n.keys() == cell.tasks.keys(), cell.name
+
+
 def test_the_data_of_a_training_is_in_its_hash(plan: Plan, tmp_path: Path) -> None:
     data = tmp_path / "pictures"
     data.mkdir()
 
-    def hashes(text: str) -> tuple[str, str]:
-        (data / "rows.jsonl").write_text(text)
+    def hashes(text: str, name: str = "rows.jsonl") -> tuple[str, str]:
+        (data / name).write_text(text)
         _folder_hash.cache_clear()
         (cell,) = plan(models=[{**MODEL, "training": {**TRAINING, "data": [str(data)]}}]).cells
         return cell.training_hash, cell.hash
 
     one, other = hashes("a"), hashes("b")
     assert one[0] != other[0] and one[1] != other[1] and hashes("a") == one
+    assert len({hashes("red", "picture.png"), hashes("ink", "picture.png"), one}) == 3
 
 
 def test_the_versions_of_bitquake_and_of_the_plan_are_not_in_the_hash(
