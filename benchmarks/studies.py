@@ -20,8 +20,8 @@ from tabulate import tabulate
 
 from bitquake.reports.studies.overview import duration
 
-_UNITS = {"CIDEr": 1.0}
-"""What a table's number is shown in, by a word of its column; all others are shares, and shown in percent."""
+_NO_SHARES = ("CIDEr", "Bits", "Nominal", "Effective", "Stored", "Beyond the noise")
+"""Words of columns whose numbers are shown as they are; all others are shares, and shown in percent."""
 
 
 def numbers(folder: Path) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def summary(study: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def markdown(table: dict[str, Any]) -> str:
+def markdown(table: dict[str, Any], section: str) -> str:
     rows = []
     for row in table["rows"]:
         head = " · ".join(part for part in (row["head"], row["note"]) if part)
@@ -70,24 +70,25 @@ def markdown(table: dict[str, Any]) -> str:
     lines = [table["columns"], ["---"] * len(table["columns"]), *rows]
     width = len(table["columns"])
     text = "\n".join(f"| {' | '.join([*line, *[''] * (width - len(line))])} |" for line in lines)
-    return f"**{table['label']}**\n\n{text}\n"
+    return f"**{table['label']}** ({section})\n\n{text}\n"
 
 
 def shown(cell: Any, column: str) -> str:
-    """``93.1 [91.0, 95.2]``, with its verdict where it is not tied."""
+    """``93.1 [91.0, 95.2]``; a difference with its sign and, where it is not tied, its verdict."""
     if not isinstance(cell, dict):
         return str(cell)
     if cell.get("value") is None:
         return "n/a"
-    times = next((unit for word, unit in _UNITS.items() if word in column), 100.0)
-    digits, sign = (2 if times == 1 else 1), ("+" if "verdict" in cell else "")
+    times, digits = (1, 2) if any(word in column for word in _NO_SHARES) else (100, 1)
+    sign = "+" if "verdict" in cell else ""
     # + 0.0: no minus before a zero
-    value, lo, hi = (
-        "" if cell.get(key) is None else f"{round(times * cell[key], digits) + 0.0:{sign}.{digits}f}"
+    value, *bounds = (
+        f"{round(times * cell[key], digits) + 0.0:{sign}.{digits}f}"
         for key in ("value", "lo", "hi")
+        if cell.get(key) is not None
     )
-    verdict = cell.get("verdict", "tied")
-    return f"{value} [{lo}, {hi}]" + (f" {verdict}" if verdict != "tied" else "")
+    verdict = cell.get("change", cell).get("verdict", "tied")
+    return value + (f" [{', '.join(bounds)}]" if bounds else "") + ("" if verdict == "tied" else f" {verdict}")
 
 
 def main() -> None:
@@ -98,10 +99,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.tables:
         for folder in options.folders:
-            tables = [table for section in numbers(folder)["sections"] for table in section["tables"]]
-            for table in tables:
-                if any(fnmatch.fnmatchcase(table["label"], pattern) for pattern in options.tables):
-                    print(markdown(table))
+            for section in numbers(folder)["sections"]:
+                for table in section["tables"]:
+                    if any(fnmatch.fnmatchcase(table["label"], pattern) for pattern in options.tables):
+                        print(markdown(table, section["title"]))
         return
     studies = [gathered(folder) for folder in options.folders]
     print(tabulate([summary(study) for study in studies], headers="keys", tablefmt="github", disable_numparse=True))
