@@ -92,7 +92,7 @@ def training_identity(config: QatConfig | LoraConfig) -> str:
 
 @lru_cache(maxsize=256)
 def _folder_hash(folder: Path, prose: bool = False) -> str:
-    """blake2b of names, sizes and bytes of a folder's files (of a large one: of blocks of it), prose left out or not."""
+    """blake2b of names, sizes and bytes (of a large file: of blocks of it) of a folder's files; prose: of prose too."""
     hashed = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
