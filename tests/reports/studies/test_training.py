@@ -14,6 +14,7 @@ from run_folders import Model, Task, noisy
 from bitquake.reports.studies import build_study, read_study
 from bitquake.reports.studies.arms import SWITCHES, benches, recipe_title
 from bitquake.reports.studies.joint import STUDY_METRICS
+from bitquake.reports.studies.training import _base_changes, _twin_changes
 
 N = 120
 TASKS = [Task(variant="threshold", n=N), Task(n=N), noisy("fog", 3, n=N)]
@@ -81,6 +82,21 @@ def test_an_arm_stands_against_the_base_and_against_its_own_twin(
         accuracy("qat-w3/as-trained") - accuracy("qat-w16/as-trained")
     )
     assert twin["rtn-int3"]["note"] == "twin: public base"
+
+
+def test_headlines_are_corrected_with_the_tables_that_they_head(grown: Any, tmp_path: Path) -> None:
+    out = grown.write()
+    told = numbers(out, tmp_path / "site")
+    (bench,) = benches(read_study(out), [], STUDY_METRICS, replicates=200, seed=0)
+    titles = {arm.key: arm.title for arm in bench.arms}
+    for label, judged in (("own full-precision twin", _twin_changes), ("the public base", _base_changes)):
+        rows = table(told, f"clean: against {'its ' if 'twin' in label else ''}{label}")["rows"]
+        shown = {(row["head"], i): cell.get("change", cell) for row in rows for i, cell in enumerate(row["cells"])}
+        found = judged(bench, "clean")
+        assert found
+        for (key, metric), (_, p) in found.items():
+            if sum(title == titles[key] for title in titles.values()) == 1:
+                assert shown[titles[key], STUDY_METRICS.index(metric)]["p_adjusted"] == pytest.approx(p)
 
 
 def test_the_best_quantization_is_the_best_and_its_luck_stands_in_the_interval(
