@@ -118,12 +118,11 @@ def _finished(store: Store, plan: SuitePlan) -> tuple[dict[str, CellManifest], d
     """What is there of the plan: manifests of finished cells, and why others that are there do not count."""
     done: dict[str, CellManifest] = {}
     damaged: dict[str, str] = {}
-    for cell in run_order(plan.cells):
-        found = store.cell(cell.hash, deep=True)
+    for cell_hash, found in store.cells((cell.hash for cell in run_order(plan.cells)), deep=True).items():
         if isinstance(found, Damage):
-            damaged[cell.hash] = found.reason
-        elif found is not None:
-            done[cell.hash] = found
+            damaged[cell_hash] = found.reason
+        else:
+            done[cell_hash] = found
     return done, damaged
 
 
@@ -190,7 +189,8 @@ def _conclude(
     options: argparse.Namespace,
 ) -> int:
     """Selectors and page from what is there, then what is missing, then the exit code."""
-    done = {cell.hash for cell in plan.cells if isinstance(store.cell(cell.hash), CellManifest)}
+    there = store.cells(cell.hash for cell in plan.cells)
+    done = {cell_hash for cell_hash, found in there.items() if isinstance(found, CellManifest)}
     code = EXIT_OK if all(cell.hash in done for cell in chosen) and not stopped else EXIT_FAILED
     page = ""
     if done and not stopped and not options.no_report:

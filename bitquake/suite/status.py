@@ -51,8 +51,9 @@ def read_status(out: str) -> Status:
         raise StoreError(f"{store.url}: holds no suite.json; give the folder or url that `bitquake run` writes (--out)")
     status = Status(plan.suite, plan.world, store.url)
     failures, beats = store.failures(), store.heartbeats()
+    there = store.cells(cell.hash for cell in plan.cells)
     for cell in run_order(plan.cells):
-        found = store.cell(cell.hash)
+        found = there.get(cell.hash)
         beat, failure = beats.get(cell.hash), failures.get(cell.hash)
         if isinstance(found, CellManifest):
             status.finished.append(cell.name)

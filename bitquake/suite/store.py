@@ -15,9 +15,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -31,7 +32,12 @@ CURVE_FILE = "curve.jsonl"
 SCRATCH = ".scratch"
 WORK = "work"
 """Folder in a scratch folder: cells in the making, of no use to anybody once their worker is gone."""
+_REQUESTS = 16
+"""At once, to a url: each is mostly waiting."""
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+_Found = TypeVar("_Found")
 
 
 class StoreError(ValueError):
@@ -127,13 +133,19 @@ class Store:
             StoreError: it says which, and what to do.
         """
         self.plan()
-        for name in self._files.names(CELLS):
-            data = self._files.read(f"{CELLS}/{name}/{CELL_FILE}")
+        names = self._files.names(CELLS)
+        for name, data in zip(names, self._each(self._manifest, names), strict=True):
             told = _json(data) if data is not None else {}
             if "version" in told and told["version"] != PLAN_VERSION:
                 raise _other_version(f"{self.url}/{CELLS}/{name}/{CELL_FILE}", told)
 
     # cells
+
+    def cells(self, hashes: Iterable[str], *, deep: bool = False) -> dict[str, CellManifest | Damage]:
+        """What :meth:`cell` finds of each, those that are there."""
+        wanted = list(dict.fromkeys(hashes))
+        found = self._each(lambda one: self.cell(one, deep=deep), wanted)
+        return {one: told for one, told in zip(wanted, found, strict=True) if told is not None}
 
     def cell(self, cell_hash: str, *, deep: bool = False) -> CellManifest | Damage | None:
         """A finished cell; why it does not count; or None where there is none.
@@ -145,7 +157,7 @@ class Store:
             StoreError: it is of another version.
         """
         key = f"{CELLS}/{cell_hash}"
-        data = self._files.read(f"{key}/{CELL_FILE}")
+        data = self._manifest(cell_hash)
         if data is None:
             return Damage(f"{CELL_FILE} is missing") if self.local and self._files.exists(key) else None
         told = _json(data)
@@ -199,14 +211,26 @@ class Store:
         trainings = {cell.training_hash for cell in plan.cells if cell.training_hash} if plan else set()
         curves = (f"{MODELS}/{one}/{CURVE_FILE}" for one in sorted(trainings))
         self._files.download("", folder, (PLAN_FILE, FAILURES, ARTIFACTS, *curves))
-        for name in self._files.names(CELLS):
-            key = f"{CELLS}/{name}"
-            data = self._files.read(f"{key}/{CELL_FILE}")
-            if data is not None:
-                self._files.download(key, folder / key, self._named(key, _json(data).get("files")))
-                (folder / key).mkdir(parents=True, exist_ok=True)
-                (folder / key / CELL_FILE).write_bytes(data)
+        self._each(lambda name: self._copy_cell(name, folder / CELLS / name), self._files.names(CELLS))
         return folder
+
+    def _copy_cell(self, name: str, folder: Path) -> None:
+        data = self._manifest(name)
+        if data is not None:
+            key = f"{CELLS}/{name}"
+            self._files.download(key, folder, self._named(key, _json(data).get("files")))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CELL_FILE).write_bytes(data)
+
+    def _manifest(self, cell_hash: str) -> bytes | None:
+        return self._files.read(f"{CELLS}/{cell_hash}/{CELL_FILE}")
+
+    def _each(self, work: Callable[[str], _Found], names: Iterable[str]) -> list[_Found]:
+        """What ``work`` makes of each, in order; of a url several at once."""
+        if self.local is not None:
+            return [work(name) for name in names]
+        with ThreadPoolExecutor(_REQUESTS) as pool:
+            return list(pool.map(work, names))
 
     def _named(self, key: str, files: object) -> tuple[str, ...]:
         """What a manifest names of the files that are there."""
