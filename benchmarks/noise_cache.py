@@ -31,9 +31,10 @@ from PIL import Image
 from tabulate import tabulate
 
 from bitquake.noise import NoiseCache, NoiseSpec, SampleKey, image_noises, load_rgb
+from bitquake.noise.registry import Mode
 from noise import photo
 
-SIZES = ((64, 64, "WEBP", "scaled"), (640, 480, "JPEG", "native"))
+SIZES: tuple[tuple[int, int, str, Mode], ...] = ((64, 64, "WEBP", "scaled"), (640, 480, "JPEG", "native"))
 
 
 def seconds(way: Callable[[SampleKey], Any], keys: list[SampleKey]) -> float:
@@ -74,15 +75,17 @@ def main() -> None:
         source = file.getvalue()
         keys = [SampleKey("benchmark", "test", str(i)) for i in range(arguments.repeats)]
         for name in image_noises():
-            spec = NoiseSpec(name, arguments.severity, mode=mode)  # type: ignore[arg-type]
+            spec = NoiseSpec(name, arguments.severity, mode=mode)
             with tempfile.TemporaryDirectory() as folder:
                 cache = NoiseCache(Path(folder), 10**10)
 
                 def make(key: SampleKey, spec: NoiseSpec = spec, source: bytes = source) -> Any:
                     return spec.apply(load_rgb(source), key)
 
-                def read(key: SampleKey, spec: NoiseSpec = spec, source: bytes = source) -> Any:
-                    return cache.apply(spec, source, key)  # noqa: B023
+                def read(
+                    key: SampleKey, cache: NoiseCache = cache, spec: NoiseSpec = spec, source: bytes = source
+                ) -> Any:
+                    return cache.apply(spec, source, key)
 
                 first = seconds(read, keys)
                 made, found = seconds(make, keys), seconds(read, keys)

@@ -12,7 +12,7 @@ from bitquake.reports.gate import GateError, GateResult, GateRules, GateSettings
 from bitquake.reports.gate.rules import TAG, FlipsRule, Rule, TransferRule
 from bitquake.reports.problems import RunError
 from bitquake.reports.runs import read_runs
-from bitquake.tasks.strict_yaml import Place, StrictYamlError, line_of, load_with_lines, read_bounded
+from bitquake.tasks.strict_yaml import Place, line_of, load_mapping
 
 
 def load_rules(file: Path) -> GateRules:
@@ -22,15 +22,7 @@ def load_rules(file: Path) -> GateRules:
         GateError: it cannot be read, is not plain YAML, or is no set of rules; each problem is named in a line, with
             the file, the line in it, the place, what was got and how to fix it.
     """
-    try:
-        data, lines = load_with_lines(read_bounded(file))
-    except OSError as error:
-        raise GateError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except StrictYamlError as error:
-        at = file if error.line is None else f"{file}:{error.line}"
-        raise GateError(f"{at}: not plain YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise GateError(f"{file}: expected a mapping with `rules:`, a list of rules, got {type(data).__name__}")
+    data, lines = load_mapping(file, "with `rules:`, a list of rules", GateError)
     try:
         return GateRules.model_validate(data)
     except ValidationError as error:

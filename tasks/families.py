@@ -35,7 +35,7 @@ from .schema import (
     json_schema,
 )
 from .sources import Source, prepared_folder
-from .strict_yaml import Place, StrictYamlError, line_of, load_with_lines, read_bounded
+from .strict_yaml import Place, line_of, load_mapping
 
 __all__ = [
     "BUILT_IN",
@@ -129,15 +129,7 @@ def load_family(file: Path) -> Loaded:
         FamilyError: not readable, not plain YAML, or not a family; every problem in it is named, one a line, each with
             the file and, where there is one, the line.
     """
-    try:
-        data, lines = load_with_lines(read_bounded(file))
-    except OSError as error:
-        raise FamilyError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except StrictYamlError as error:
-        at = file if error.line is None else f"{file}:{error.line}"
-        raise FamilyError(f"{at}: not plain YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise FamilyError(f"{file}: expected a mapping that begins with `family: name`, got {type(data).__name__}")
+    data, lines = load_mapping(file, "that begins with `family: name`", FamilyError)
     try:
         return Loaded(Family.model_validate(data), file, lines)
     except ValidationError as error:

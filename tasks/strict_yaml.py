@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,30 @@ def read_bounded(file: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise StrictYamlError(f"no UTF-8 text ({error})") from error
+
+
+def load_mapping(
+    file: Path, expected: str, error: Callable[[str], Exception]
+) -> tuple[dict[str, Any], dict[Place, int]]:
+    """The mapping in a file that people write by hand, and the line of each of its values.
+
+    Args:
+        expected: what the mapping holds, for the message where there is none.
+        error: makes what is raised of its message.
+
+    Raises:
+        ``error``: it cannot be read, is not plain YAML, or holds no mapping.
+    """
+    try:
+        data, lines = load_with_lines(read_bounded(file))
+    except OSError as found:
+        raise error(f"{file}: cannot be read ({found.strerror or found})") from found
+    except StrictYamlError as found:
+        at = file if found.line is None else f"{file}:{found.line}"
+        raise error(f"{at}: not plain YAML: {found}") from found
+    if not isinstance(data, dict):
+        raise error(f"{file}: expected a mapping {expected}, got {type(data).__name__}")
+    return data, lines
 
 
 def line_of(lines: Mapping[Place, int], place: Sequence[str | int]) -> int | None:

@@ -176,6 +176,37 @@ def record_failure(
     store.clear_heartbeat(cell.hash)
 
 
+def fail(
+    store: Store,
+    outcome: Outcome,
+    tell: Tell,
+    cell: PlannedCell,
+    error: CellError,
+    *,
+    log: str,
+    worker: str = "",
+    host: str = "",
+) -> None:
+    """Record a failed cell in the output folder and the outcome, and tell it.
+
+    Args:
+        log: the end of what its worker printed. worker: where it ran, for people. host: its machine, where that may be
+            another one.
+
+    Raises:
+        SuiteStopped: for want of room on a disk.
+    """
+    record_failure(store, cell, error.reason, error.detail, log=log, where=host or worker)
+    outcome.failed[cell.hash] = str(error)
+    tell(Event("failed", cell.hash, worker, reason=error.reason, detail=error.detail))
+    if error.reason == FULL_DISK:
+        there = f", or to the disk of {host}" if host else ""
+        raise SuiteStopped(
+            f"nothing more can be written to {store.url}{there} ({error.detail}). Finished cells are safe; make room "
+            "and run the same command again"
+        )
+
+
 def now() -> str:
     """The time, in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from bitquake.suite.driver import (
-    FULL_DISK,
     GRACE_SECONDS,
+    CellError,
     Event,
     Outcome,
     RunOptions,
     SuiteStopped,
     Tell,
+    fail,
     next_cell,
-    record_failure,
     run_order,
     threads_of,
     worker_environment,
@@ -163,14 +163,7 @@ class _Run:
 
     def _failed(self, cell: PlannedCell, reason: str, detail: str) -> None:
         log = last_lines(self.places.logs / f"{cell.hash}.log")
-        record_failure(self.store, cell, reason, detail, log=log)
-        self.outcome.failed[cell.hash] = f"{reason}: {detail}" if detail else reason
-        self.tell(Event("failed", cell.hash, reason=reason, detail=detail))
-        if reason == FULL_DISK:
-            raise SuiteStopped(
-                f"nothing more can be written to {self.store.url} ({detail}). Finished cells are safe; make room and "
-                "run the same command again"
-            )
+        fail(self.store, self.outcome, self.tell, cell, CellError(reason, detail), log=log)
 
     def _died(self, worker: _Worker) -> None:
         self.workers.remove(worker)

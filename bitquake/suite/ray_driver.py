@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from bitquake import __version__
 from bitquake.suite.driver import (
-    FULL_DISK,
+    GRACE_SECONDS,
     CellError,
     CellOptions,
     Event,
@@ -37,12 +37,11 @@ from bitquake.suite.driver import (
     RunOptions,
     SuiteStopped,
     Tell,
+    fail,
     next_cell,
-    record_failure,
     run_order,
     worker_environment,
 )
-from bitquake.suite.driver import GRACE_SECONDS as _GRACE_SECONDS
 from bitquake.suite.estimate import estimate, size
 from bitquake.suite.local import last_lines
 from bitquake.suite.mailbox import Beat, Mailbox
@@ -426,21 +425,15 @@ class _Run:
 
     def _failed(self, one: _Running, reason: str, detail: str, log: str = "", host: str = "") -> None:
         log = log or last_lines(self.places.logs / f"{one.cell.hash}.log")
-        record_failure(self.store, one.cell, reason, detail, log=log, where=host or one.worker)
-        self.outcome.failed[one.cell.hash] = f"{reason}: {detail}" if detail else reason
-        self.tell(Event("failed", one.cell.hash, one.worker, reason=reason, detail=detail))
-        if reason == FULL_DISK:
-            raise SuiteStopped(
-                f"nothing more can be written to {self.store.url}, or to the disk of {host} ({detail}). Finished cells "
-                "are safe; make room and run the same command again"
-            )
+        error = CellError(reason, detail)
+        fail(self.store, self.outcome, self.tell, one.cell, error, log=log, worker=one.worker, host=host)
 
     def _end_overdue(self) -> None:
         minutes = self.options.cell.minutes
         if minutes is None:
             return
         for one in self.running.values():
-            if one.began and not one.overdue and time.monotonic() - one.began > 60 * minutes + _GRACE_SECONDS:
+            if one.began and not one.overdue and time.monotonic() - one.began > 60 * minutes + GRACE_SECONDS:
                 one.overdue = True
                 self.ray.cancel(one.task, force=True)
 

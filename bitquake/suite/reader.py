@@ -21,7 +21,7 @@ from bitquake.suite.schema import (
     Task,
 )
 from bitquake.suite_plan import World
-from bitquake.tasks.strict_yaml import Place, StrictYamlError, line_of, load_with_lines, read_bounded
+from bitquake.tasks.strict_yaml import Place, line_of, load_mapping
 
 _MODELS: tuple[type[BaseModel], ...] = (Suite, Model, Quantization, Calibration, Task, Exclusion)
 
@@ -58,15 +58,7 @@ def load_suite(suite: str | Path, world: World = "real") -> LoadedSuite:
         SuiteError: no such suite, not plain YAML, not valid (every problem is named, a line each), no twin.
     """
     file = _file_of(str(suite))
-    try:
-        data, lines = load_with_lines(read_bounded(file))
-    except OSError as error:
-        raise SuiteError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except StrictYamlError as error:
-        at = file if error.line is None else f"{file}:{error.line}"
-        raise SuiteError(f"{at}: not plain YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise SuiteError(f"{file}: expected a mapping that begins with `suite: name`, got {type(data).__name__}")
+    data, lines = load_mapping(file, "that begins with `suite: name`", SuiteError)
     if world not in get_args(World):
         raise SuiteError(f"world {world!r}: expected {' or '.join(get_args(World))}")
     data, placed = _in_world(data, lines, file, world)

@@ -31,7 +31,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 
 from bitquake.model_wrappers.quantizers.options import Options
 from bitquake.model_wrappers.quantizers.spec import COMPONENTS, Component, GroupSize, QuantSpec, load_spec
-from bitquake.tasks.strict_yaml import Place, StrictYamlError, line_of, load_with_lines, read_bounded
+from bitquake.tasks.strict_yaml import Place, line_of, load_mapping
 
 TRAINING_VERSION = 1
 """Rises when the same configuration gives another model."""
@@ -314,18 +314,7 @@ def read_values(file: Path) -> tuple[dict[str, Any], Mapping[Place, int]]:
     Raises:
         TrainingConfigError: it cannot be read, or holds no mapping.
     """
-    try:
-        values, lines = load_with_lines(read_bounded(file))
-    except OSError as error:
-        raise TrainingConfigError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except StrictYamlError as error:
-        at = file if error.line is None else f"{file}:{error.line}"
-        raise TrainingConfigError(f"{at}: not plain YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise TrainingConfigError(
-            f"{file}: expected a mapping that begins with `method: qat` or `method: lora`, got {type(values).__name__}"
-        )
-    return values, lines
+    return load_mapping(file, "that begins with `method: qat` or `method: lora`", TrainingConfigError)
 
 
 def _problems(

@@ -216,7 +216,7 @@ def test_the_kill_benchmark_notices(
 
 def test_a_cell_that_hangs_is_ended(plan: SuitePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its time is over while torch is imported, so that nothing in the worker can notice."""
-    monkeypatch.setattr(ray_driver, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(ray_driver, "GRACE_SECONDS", 0.5)
     events: list[Event] = []
     cell = named(plan, "block/full-precision")
     settings = options(tmp_path / ".scratch", minutes=0.001)
