@@ -33,6 +33,7 @@ import psutil
 from machine import machine
 from tabulate import tabulate
 
+from bitquake.suite.store import CELLS, FAILURES, RUNNING
 from bitquake.suite_plan import CELL_FILE, PLAN_FILE
 
 WAYS = {"jobs": ("--jobs", "2"), "ray": ("--ray", "local:2")}
@@ -163,7 +164,7 @@ class Orphans:
 
 def heartbeats(out: Path) -> Iterator[int]:
     """Process ids of the workers that say they are at a cell."""
-    for file in (out / "running").glob("*.json"):
+    for file in (out / RUNNING).glob("*.json"):
         try:
             yield int(json.loads(file.read_bytes())["pid"])
         except (OSError, ValueError, KeyError):
@@ -172,7 +173,7 @@ def heartbeats(out: Path) -> Iterator[int]:
 
 def finished(out: Path) -> list[str]:
     """Hashes of the cells that are there."""
-    return sorted(file.parent.name for file in (out / "cells").glob(f"*/{CELL_FILE}"))
+    return sorted(file.parent.name for file in (out / CELLS).glob(f"*/{CELL_FILE}"))
 
 
 def samples(cell: Path) -> dict[str, list[str]]:
@@ -199,11 +200,11 @@ def judge(out: Path, reference: Path) -> Judged:
     planned = {cell["hash"]: cell["name"] for cell in json.loads((reference / PLAN_FILE).read_bytes())["cells"]}
     lost, doubled, different = [], [], []
     for hashed, name in planned.items():
-        if not (out / "cells" / hashed / CELL_FILE).is_file():
+        if not (out / CELLS / hashed / CELL_FILE).is_file():
             lost.append(name)
             continue
-        found = samples(out / "cells" / hashed)
-        for task, lines in samples(reference / "cells" / hashed).items():
+        found = samples(out / CELLS / hashed)
+        for task, lines in samples(reference / CELLS / hashed).items():
             got = found.pop(task, [])
             ids = [json.loads(line)["doc_id"] for line in got]
             if len(set(ids)) < len(ids):
@@ -218,9 +219,9 @@ def judge(out: Path, reference: Path) -> Judged:
         f"the page's {part}" for part in sorted(here.keys() | there.keys()) if here.get(part) != there.get(part)
     ]
     known = {CELL_FILE, "runs"}
-    left_over = [f"cells/{one.name}" for one in (out / "cells").iterdir() if one.name not in planned]
-    left_over += [f"cells/{one.parent.name}/{one.name}" for one in (out / "cells").glob("*/*") if one.name not in known]
-    left_over += [f"{folder}/{one.name}" for folder in ("failures", "running") for one in (out / folder).glob("*")]
+    left_over = [f"cells/{one.name}" for one in (out / CELLS).iterdir() if one.name not in planned]
+    left_over += [f"cells/{one.parent.name}/{one.name}" for one in (out / CELLS).glob("*/*") if one.name not in known]
+    left_over += [f"{folder}/{one.name}" for folder in (FAILURES, RUNNING) for one in (out / folder).glob("*")]
     return Judged(lost, doubled, different, left_over)
 
 
@@ -366,7 +367,7 @@ def main() -> None:
     reference = work / "undisturbed"
     whole = undisturbed(arguments, reference, work / "undisturbed.log")
     cells = finished(reference)
-    n_samples = sum(len(lines) for cell in cells for lines in samples(reference / "cells" / cell).values())
+    n_samples = sum(len(lines) for cell in cells for lines in samples(reference / CELLS / cell).values())
     print(f"undisturbed: {len(cells)} cells, {n_samples:,} samples, {whole:.0f} s", file=sys.stderr, flush=True)
     span = options.span or 0.4 * whole
     rows = [

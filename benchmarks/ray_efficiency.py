@@ -189,19 +189,19 @@ def _nothing(event: object) -> None:
 def handing_over(folder: Path, limit: int | None, done: Path, n: int) -> dict[str, float]:
     """What Ray, the driver and the output folder cost for a cell: of ``n`` that are finished, on warm workers."""
     from bitquake.suite.ray_driver import _connected, _Run
-    from bitquake.suite_plan import CellManifest
+    from bitquake.suite_plan import CELL_FILE, CellManifest
 
     plan, warm_up = plans(folder, limit)
     first = plan.cells[0]
     out = folder / "finished"
-    manifest = CellManifest.model_validate_json((done / "cells" / first.hash / "cell.json").read_bytes())
+    manifest = CellManifest.model_validate_json((done / "cells" / first.hash / CELL_FILE).read_bytes())
     cells = []
     for i in range(n):
         cell = first.model_copy(update={"hash": f"{i:032x}", "name": f"copy/{i}"})
         shutil.copytree(done / "cells" / first.hash, out / "cells" / cell.hash, copy_function=os.link)
-        (out / "cells" / cell.hash / "cell.json").unlink()
+        (out / "cells" / cell.hash / CELL_FILE).unlink()
         told = manifest.model_copy(update={"hash": cell.hash, "name": cell.name})
-        (out / "cells" / cell.hash / "cell.json").write_text(told.model_dump_json())
+        (out / "cells" / cell.hash / CELL_FILE).write_text(told.model_dump_json())
         cells.append(cell)
     with _connected("local:2", 1) as cluster:
         warm = folder / "finished-warm-up"

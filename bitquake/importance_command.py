@@ -18,7 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 VERSION = 1
 SHARES_KEPT = (0.95, 0.98)
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_METHODS = ("anova", "forest", "shap")
 _SHOWN = 6
 _LISTED = 1000
 _WAYS = {"anova": "ANOVA", "impurity": "impurity", "permutation": "permutation", "shap": "SHAP"}
@@ -68,14 +67,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 @dataclass(frozen=True)
 class _Part:
-    """The runs of one group. draws: (replicates, n) of `--sample`; order: their rows' order in the file."""
+    """The runs of one group. draws: (replicates, n) of `--sample`."""
 
     name: str
     columns: Mapping[str, Sequence[str]]
     target: FloatArray
     cost: FloatArray | None
     draws: FloatArray | None
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -185,10 +184,11 @@ def _names(text: str, option: str) -> list[str]:
 
 def _check(options: argparse.Namespace, factors: Sequence[str], methods: Sequence[str]) -> None:
     from bitquake.metrics.importance import nearest
+    from bitquake.metrics.sensitivity import SENSITIVITY_METHODS
 
     for method in methods:
-        if method not in _METHODS:
-            raise ValueError(f"--methods: unknown method {method!r}{nearest(method, _METHODS)}")
+        if method not in SENSITIVITY_METHODS:
+            raise ValueError(f"--methods: unknown method {method!r}{nearest(method, SENSITIVITY_METHODS)}")
     for option in ("target", "group", "sample", "cost"):
         if getattr(options, option) in factors:
             raise ValueError(f"--factors: {getattr(options, option)!r} is the --{option}; it cannot be a factor too")
@@ -256,8 +256,7 @@ def _part(
     values = np.array([value for value in targets if not math.isnan(value)])
     cost = None
     if options.cost:
-        numbers = dict(members)
-        cost = np.array([_number(row[options.cost], options.cost, options.file, n) for n, row in numbers.items()])
+        cost = np.array([_number(row[options.cost], options.cost, options.file, number) for number, row in members])
         cost = cost[[not math.isnan(value) for value in targets]]
         if np.isnan(cost).any():
             raise ValueError(f"{where}: {options.cost} is empty in {int(np.isnan(cost).sum())} rows")
@@ -327,7 +326,7 @@ def _level(level: object) -> str:
 
 
 def _analyse(part: _Part, factors: Sequence[str], methods: Sequence[str], options: argparse.Namespace) -> _Found:
-    from bitquake.metrics.importance import complete_part, grid, leave_one_level, without_lowest
+    from bitquake.metrics.importance import complete_part, grid, leave_one_level, lowest_levels, without_lowest
 
     title = f"{options.group} {part.name}: " if options.group else ""
     notes = list(part.notes)
@@ -345,11 +344,7 @@ def _analyse(part: _Part, factors: Sequence[str], methods: Sequence[str], option
         kept = without_lowest(runs)
         rest = runs.rows(kept)
         if not kept.all() and rest.n >= 8 and rest.factors and part.target[kept].std() > 0:
-            lowest = {
-                name: float(runs.levels[i][0])
-                for i, name in enumerate(runs.factors)
-                if runs.is_numeric(name) and len(runs.levels[i]) > 2
-            }
+            lowest = lowest_levels(runs)
             without = _sensitivity(rest, _only(part, kept), methods, options)
         one_level = leave_one_level(runs, part.target) if "anova" in methods and runs.complete else {}
     except ValueError as error:

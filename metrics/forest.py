@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from .importance import Grid, Share, check_draws, check_target, normalised
 from .samples import FloatArray, IntArray
@@ -231,7 +231,7 @@ def with_intervals(
     """Normal intervals from the spread of refits; none of fewer than two."""
     if len(refitted) < 2:
         return {name: Share(value) for name, value in importance.items()}
-    width = norm.ppf((1 + level) / 2)
+    width = float(ndtri((1 + level) / 2))
     found = {}
     for name, value in importance.items():
         half = width * float(np.std([one[name] for one in refitted], ddof=1))

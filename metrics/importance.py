@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import spearmanr
 
 from .bootstrap import check_level
 from .samples import BoolArray, FloatArray, IntArray
@@ -446,15 +445,23 @@ def leave_one_level(runs: Grid, target: ArrayLike) -> dict[tuple[str, Level], Va
     return found
 
 
+def lowest_levels(runs: Grid) -> dict[str, float]:
+    """Numeric factor of three levels or more -> its lowest level."""
+    return {
+        name: float(levels[0])
+        for name, levels in zip(runs.factors, runs.levels, strict=True)
+        if len(levels) > 2 and runs.is_numeric(name)
+    }
+
+
 def without_lowest(runs: Grid) -> BoolArray:
-    """(n,) which runs have the lowest level of no numeric factor (of those with three levels or more).
+    """(n,) which runs have none of the lowest levels of ``lowest_levels``.
 
     The narrowest width breaks a model, and the variance of a grid that holds it says little of the others.
     """
     kept = np.ones(runs.n, dtype=bool)
-    for i, name in enumerate(runs.factors):
-        if runs.is_numeric(name) and len(runs.levels[i]) > 2:
-            kept &= runs.codes[:, i] != 0
+    for name in lowest_levels(runs):
+        kept &= runs.codes[:, runs.index(name)] != 0
     return kept
 
 
@@ -498,6 +505,8 @@ class Agreement(NamedTuple):
 
 def agreement(importances: Mapping[str, Mapping[str, float]]) -> list[Agreement]:
     """Each pair of methods; importances: method -> factor -> score (normalised here)."""
+    from scipy.stats import spearmanr  # half a second, which this alone needs
+
     shares = {method: normalised(scores) for method, scores in importances.items()}
     found = []
     for first, second in itertools.combinations(shares, 2):

@@ -118,23 +118,17 @@ def front_chart(
     front: Line,
     others: Sequence[Line] = (),
     scale: float = 100.0,
-    *,
-    target: float | None = None,
 ) -> Markup:
     """Values (times ``scale``) against what they cost, with interval bars; the front's points are joined.
 
-    labels: of both axes. others: points off the front, drawn fainter and without bars, the later the fainter. target: a
-    value to reach, as a dotted line (before scaling).
+    labels: of both axes. others: points off the front, drawn fainter and without bars, the later the fainter.
     """
     points = [point for line in (front, *others) for point in line.points]
     ends = [point.lo for point in front.points] + [point.hi for point in front.points] + [p.y for p in points]
-    ends += [] if target is None else [target]
     ticks = _ticks(min(ends) * scale, max(ends) * scale)
     costs = _ticks(min(p.x for p in points), max(p.x for p in points))
     frame = _Frame(costs[0], costs[-1], ticks[0], ticks[-1])
     parts = _axes(frame, ticks, [(x, f"{x:g}") for x in costs], labels[1], labels[0])
-    if target is not None:
-        parts.append(_segment(_LEFT, frame.y(target * scale), WIDTH - _RIGHT, frame.y(target * scale), "limit"))
     for place, line in reversed(list(enumerate(others))):
         marks = "".join(marker(frame.x(p.x), frame.y(p.y * scale), line.style) for p in line.points)
         parts.append(f'<g opacity="{0.55 / (1 + place):.2f}">{marks}</g>')
@@ -182,17 +176,15 @@ def _line_chart(
     return _svg(title, description, parts)
 
 
-def curve_chart(
-    title: str, description: str, y_label: str, lines: Sequence[Line], x_label: str, scale: float = 1.0
-) -> Markup:
-    """Values (times ``scale``) against a quantity that runs on, such as a training's steps: lines without intervals."""
+def curve_chart(title: str, description: str, y_label: str, lines: Sequence[Line], x_label: str) -> Markup:
+    """Values against a quantity that runs on, such as a training's steps: lines without intervals."""
     points = [point for line in lines for point in line.points]
-    ticks = _ticks(min(p.y for p in points) * scale, max(p.y for p in points) * scale)
+    ticks = _ticks(min(p.y for p in points), max(p.y for p in points))
     across = _ticks(min(p.x for p in points), max(p.x for p in points))
     frame = _Frame(across[0], across[-1], ticks[0], ticks[-1])
     parts = _axes(frame, ticks, [(x, f"{x:g}") for x in across], y_label, x_label)
     for position, line in enumerate(lines):
-        placed = [(frame.x(p.x), frame.y(p.y * scale)) for p in line.points]
+        placed = [(frame.x(p.x), frame.y(p.y)) for p in line.points]
         parts.append(_path(placed, line.style))
         # Markers apart from those of the other lines, so that shapes stay readable where lines run together.
         start, step = (3 * position) % max(1, len(placed)), max(1, len(placed) // 4)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -16,6 +15,7 @@ from bitquake.model_wrappers.training.config import QatConfig, load_training
 from bitquake.suite.schema import AS_TRAINED
 from bitquake.suite.store import Places
 from bitquake.suite_plan import PlannedCell
+from bitquake.tasks.sources import replacing
 
 MODEL = "bitquake_hf"
 NO_LIMIT = "all"
@@ -68,12 +68,7 @@ def quant_of(cell: PlannedCell, places: Places) -> str:
     if named is not None and named.options() == cell.spec:
         return named.name
     file = places.quants / f"{digest(cell.spec)}.yaml"
-    text = yaml.safe_dump(cell.spec, sort_keys=False, allow_unicode=True)
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-        new.write_text(text, encoding="utf-8")
-        new.replace(file)
+    _write_yaml(file, cell.spec)
     return str(file)
 
 
@@ -142,9 +137,14 @@ def training_command(cell: PlannedCell, places: Places) -> str:
     """The command that makes a trained model; its configuration is written beside its folder."""
     assert cell.training is not None
     config = places.models / f"{cell.training_hash}.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(cell.training, sort_keys=False, allow_unicode=True)
-    if not config.is_file() or config.read_text(encoding="utf-8") != text:
-        config.write_text(text, encoding="utf-8")
+    _write_yaml(config, cell.training)
     out = places.models / cell.training_hash
     return shlex.join(["bitquake", "train", cell.training["method"], "--config", str(config), "--out", str(out)])
+
+
+def _write_yaml(file: Path, told: dict[str, Any]) -> None:
+    """Put it there unless it is there; other workers may be reading it."""
+    text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        with replacing(file) as new:
+            new.write_text(text, encoding="utf-8")

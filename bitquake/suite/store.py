@@ -159,7 +159,7 @@ class Store:
         key = f"{CELLS}/{cell_hash}"
         data = self._manifest(cell_hash)
         if data is None:
-            return Damage(f"{CELL_FILE} is missing") if self.local and self._files.exists(key) else None
+            return Damage(f"{CELL_FILE} is missing") if self.local and (self.local / key).exists() else None
         told = _json(data)
         if told.get("version", PLAN_VERSION) != PLAN_VERSION:
             raise _other_version(f"{self.url}/{key}/{CELL_FILE}", told)
@@ -315,12 +315,11 @@ class Store:
         self._files.delete(f"{RUNNING}/{cell_hash}.json")
 
     def _notes(self, folder: str) -> dict[str, dict[str, Any]]:
-        found = {}
-        for name in self._files.names(folder):
-            data = self._files.read(f"{folder}/{name}") if name.endswith(".json") else None
-            if data is not None:
-                found[name.removesuffix(".json")] = _json(data)
-        return found
+        names = [name for name in self._files.names(folder) if name.endswith(".json")]
+        read = self._each(lambda name: self._files.read(f"{folder}/{name}"), names)
+        return {
+            name.removesuffix(".json"): _json(data) for name, data in zip(names, read, strict=True) if data is not None
+        }
 
     def read(self, key: str) -> bytes | None:
         return self._files.read(key)
@@ -397,9 +396,6 @@ class _LocalFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-
-    def exists(self, key: str) -> bool:
-        return (self.root / key).exists()
 
     def read(self, key: str) -> bytes | None:
         try:
@@ -500,9 +496,6 @@ class _RemoteFiles:
 
     def _path(self, key: str) -> str:
         return f"{self._root.rstrip('/')}/{key}".rstrip("/")
-
-    def exists(self, key: str) -> bool:
-        return bool(self._fs.exists(self._path(key)))
 
     def read(self, key: str) -> bytes | None:
         try:

@@ -208,11 +208,9 @@ def _evaluate(
             heart.begin_answers()
             _answer(model, commands.evaluation_arguments(cell, group, arguments, folder, options.device))
             model.task_dict.clear()
-    except CellError:
-        raise
     except Exception as error:  # complete or not: the samples decide
         traceback.print_exc()
-        failure = error
+        failure = error.with_traceback(None)  # whose frames would hold the model
     counts, forgone = model.noise_cache_counts, model.out_of_memory_samples
     device = str(model.device)
     peak = _peak_memory(device)

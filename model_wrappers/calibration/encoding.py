@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,9 +49,9 @@ class Encoder:
         self._image_token = getattr(model.config, "image_token_id", None)
         ends = eos_ids(model.generation_config) or frozenset({processor.tokenizer.eos_token_id})
         self._turn = assistant_turn(processor, ends)
-        self.identity = self._identity()
 
-    def _identity(self) -> Mapping[str, Any]:
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
         """JSON of all that decides the encoding, without the traces that calls leave in a tokenizer."""
         tokenizer = self._processor.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)

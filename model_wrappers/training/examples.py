@@ -49,10 +49,6 @@ class ExampleError(CalibrationError):
     """Training data that does not exist or cannot be used; the message says what to write instead."""
 
 
-class TooLong(SampleError):
-    """An example of more tokens than ``max_length``."""
-
-
 @dataclass(frozen=True)
 class Example:
     """What a model is shown and taught.
@@ -407,7 +403,7 @@ class Examples:
         """JSON of everything that decides what is trained on, beside the configuration."""
         return {
             "sources": [json.loads(json.dumps(pool.source.identity, default=str)) for pool in self._pools],
-            "encoder": json.loads(json.dumps(self._encoders[0].identity, default=str)),
+            "encoder": self._encoders[0].identity,
             "processes": self._processes,
         }
 

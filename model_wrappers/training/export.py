@@ -68,7 +68,6 @@ def export(
     probe: TrainingBatch | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    max_shard_size: str = "5GB",
 ) -> Exported:
     """Write a trained model as a checkpoint that ``from_pretrained`` and ``pretrained=`` take, and check it.
 
@@ -105,7 +104,7 @@ def export(
     elif layers:
         shell.config.quantization_config = _awq_config(student, layers)
     save_aside(
-        shell, aside, source=source, max_shard_size=max_shard_size, revision=revision,
+        shell, aside, source=source, revision=revision,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     del shell

@@ -6,6 +6,7 @@ first, and codes turn back into weights by the operations of ``QuantizedWeight.d
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -122,7 +123,7 @@ class _Round(torch.autograd.Function):
             to_weight = gradient * inside.flatten(1)[:, :in_features].to(gradient.dtype)
         if ctx.needs_input_grad[1]:
             each = level.sub_(steps.mul_(inside)).mul_(_grouped(gradient.float(), ctx.group_size))
-            to_scale = each.sum(-1) * _share(in_features, ctx.group_size, ctx.bits, zero is None).to(each.device)
+            to_scale = each.sum(-1) * _share(in_features, ctx.group_size, ctx.bits, zero is None, each.device)
         return to_weight, to_scale, None, None, None
 
 
@@ -149,13 +150,14 @@ def _encode(groups: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> tu
     return steps, torch.maximum(torch.minimum(steps.round(), (1 << bits) - 1 - middle), -middle)
 
 
-def _share(in_features: int, group_size: int, bits: int, symmetric: bool) -> Tensor:
+@functools.cache
+def _share(in_features: int, group_size: int, bits: int, symmetric: bool, device: torch.device) -> Tensor:
     """LSQ's gradient scale of each group of a row, 1 / sqrt(n * q); float32 (groups,)."""
     most = (1 << (bits - 1)) - 1 if symmetric else (1 << bits) - 1
     counts = torch.full((-(-in_features // group_size),), float(group_size))
     if tail := in_features % group_size:
         counts[-1] = tail
-    return (counts * most).rsqrt()
+    return (counts * most).rsqrt().to(device)
 
 
 def search(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:

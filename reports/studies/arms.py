@@ -62,6 +62,7 @@ class Bench:
     drawn: dict[Part, Evaluation]
     parts: dict[str, tuple[Part, Part]] = field(default_factory=dict)
     clean: dict[str, str] = field(default_factory=dict)
+    _values: dict[tuple[str, str, str], Figure | None] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def widths(self) -> list[int]:
@@ -74,6 +75,12 @@ class Bench:
 
     def value(self, arm: Arm, condition: str, metric: str) -> Figure | None:
         """A metric under a condition, mean over seeds and tasks; None where a seed has not got it."""
+        key = arm.key, condition, metric
+        if key not in self._values:  # headlines and tables ask for the same
+            self._values[key] = self._value(arm, condition, metric)
+        return self._values[key]
+
+    def _value(self, arm: Arm, condition: str, metric: str) -> Figure | None:
         found = []
         for task in self.conditions[condition]:
             for cell in arm.cells:

@@ -17,6 +17,7 @@ from bitquake.metrics import (
     sensitivity,
     without_lowest,
 )
+from bitquake.metrics.importance import lowest_levels
 from bitquake.metrics.samples import FloatArray
 from bitquake.metrics.sensitivity import SensitivityMethod
 from bitquake.reports.conditions import Part
@@ -234,11 +235,7 @@ def what_moved(own: MethodGrid, target: Target, found: Outcomes, problems: list[
             part = _moved_by(rest, values[kept], None if draws is None else draws[:, kept], problems, seed)
         except ValueError:
             part = None  # too little is left to say anything
-    lowest = [
-        f"{name} {runs.levels[i][0]:g}"
-        for i, name in enumerate(runs.factors)
-        if runs.is_numeric(name) and len(runs.levels[i]) > 2
-    ]
+    lowest = [f"{name} {level:g}" for name, level in lowest_levels(runs).items()]
     return Moved(own, target, every, part, ", ".join(lowest))
 
 

@@ -34,7 +34,7 @@ from bitquake.reports.studies.component_grid import (
     width_grids,
     width_of,
 )
-from bitquake.reports.studies.joint import corrected
+from bitquake.reports.studies.joint import corrected, corrected_by_key
 from bitquake.reports.studies.naming import listing, quantization_title
 from bitquake.reports.studies.page import (
     Finding,
@@ -286,12 +286,11 @@ def _front_panels(
         chart = charts.front_chart(
             title,
             f"{target.title} against effective bits per weight: {counts['front']} configurations on the front, "
-            f"{counts['tied']} tied with it, {counts['dominated']} dominated; dotted: full precision.",
+            f"{counts['tied']} tied with it, {counts['dominated']} dominated.",
             ("effective bits per weight", f"{target.title}{unit}"),
             lines["front"],
             [lines["tied"], lines["dominated"]],
             scale,
-            target=None,
         )
         table = [
             [name, place, f"{p.x:.2f}", number(p.y, target.unit), interval(p.lo, p.hi, target.unit)]
@@ -492,7 +491,7 @@ def _place_table(grids: Sequence[MethodGrid], target: Target, found: Outcomes) -
         for kind in kinds
         if kind in members and (change := found.change(members[kind], target)) is not None
     }
-    adjusted = dict(zip(changes, corrected(list(changes.values())), strict=True))
+    adjusted = corrected_by_key(changes)
     rows: list[StudyRow] = []
     for i, (title, key, members) in enumerate(placed):
         if i == 0 or title != placed[i - 1][0]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitquake.metrics import METRICS, Figure
-from bitquake.reports.studies.joint import corrected
+from bitquake.reports.studies.joint import corrected_by_key
 from bitquake.reports.studies.page import StudyRow, StudyTable, difference, metric_column, missing, value
 from bitquake.reports.tables import Column
 
@@ -42,7 +42,7 @@ def effect_table(
         for c, found in enumerate(row.figures)
         if found is not None and not row.values
     }
-    adjusted = dict(zip(judged, corrected(list(judged.values())), strict=True))
+    adjusted = corrected_by_key(judged)
     shown = []
     for r, row in enumerate(rows):
         cells = []

@@ -45,10 +45,6 @@ class Grounding:
     drawn: dict[Part, Evaluation]
     scaled: dict[str, dict[Part, Evaluation]] = field(default_factory=dict)
 
-    @property
-    def clean(self) -> str:
-        return next(iter(self.conditions))
-
     def value(self, name: str, condition: str, metric: str) -> Figure | None:
         """A metric of a cell under a condition; mean over its tasks."""
         found = [self.drawn[Part(task)] for task in self.conditions[condition]]
@@ -173,20 +169,18 @@ def _scale(
             del splits[name]
     maps = Maps()
 
-    def mapped(at: int | None) -> Callable[[str, Cell, Part], Samples]:
+    def mapped(at: int) -> Callable[[str, Cell, Part], Samples]:
         def taken(name: str, cell: Cell, part: Part) -> Samples:
             found = samples_of(cell, ids=part.ids)
-            if at is None:
-                return found
             fitted = maps.of(name, splits[name])[at]
             return found._replace(confidence=fitted.apply(np.asarray(found.confidence)))
 
         return taken
 
-    for scaling, at in zip(SCALINGS, (None, 0, 1), strict=True):
+    group.scaled[SCALINGS[0]] = {Part(task): group.drawn[Part(task)] for task in cells}
+    for at, scaling in enumerate(SCALINGS[1:]):
         own = {
-            Part(task): {name: cell for name, cell in found.items() if at is None or name in splits}
-            for task, found in cells.items()
+            Part(task): {name: cell for name, cell in found.items() if name in splits} for task, found in cells.items()
         }
         own = {part: found for part, found in own.items() if found}
         if own:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,9 @@ METRIC_WORDS = {"accuracy": "accuracy", "ece_15": "ECE", "coverage_at_risk_5": "
 
 # What a plan says and the two sides of its pairs may differ in: a trained adapter is what is compared.
 _PLANNED = ("model argument adapter ", "adapter ")
+
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 class Pairs:
@@ -120,6 +124,16 @@ def mean(figures: Sequence[Figure], bounds: tuple[float, float] = (-np.inf, np.i
 def corrected(figures: Sequence[Figure], null: float = 0.0) -> list[float]:
     """p-values that these figures are ``null``, adjusted for their number (Benjamini & Hochberg 1995)."""
     return [float(p) for p in benjamini_hochberg([found.p_value(null) for found in figures])]
+
+
+def corrected_by_key(figures: Mapping[_Key, Figure], null: float = 0.0) -> dict[_Key, float]:
+    """``corrected`` of named figures, by name."""
+    return dict(zip(figures, corrected(list(figures.values()), null), strict=True))
+
+
+def judged(figures: Mapping[_Key, Figure]) -> dict[_Key, tuple[Figure, float]]:
+    """Named figures, each with its p-value corrected for all of them."""
+    return {key: (figures[key], p) for key, p in corrected_by_key(figures).items()}
 
 
 def _index(evaluation: Evaluation, metric: str) -> int:

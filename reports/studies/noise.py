@@ -25,7 +25,7 @@ from bitquake.reports.problems import Problem
 from bitquake.reports.runs import Cell
 from bitquake.reports.studies.charts import heat_map
 from bitquake.reports.studies.effects import EffectRow, effect_table
-from bitquake.reports.studies.joint import METRIC_WORDS, STUDY_METRICS, corrected, difference_of, mean, value_of
+from bitquake.reports.studies.joint import METRIC_WORDS, STUDY_METRICS, corrected_by_key, difference_of, mean, value_of
 from bitquake.reports.studies.naming import cell_titles, family_title, listing
 from bitquake.reports.studies.noise_effects import NoiseGroup, noise_groups, noise_name, single_effects
 from bitquake.reports.studies.page import (
@@ -88,7 +88,7 @@ def noise_page(study: Study, problems: list[Problem], *, replicates: int, seed: 
 def _findings(group: NoiseGroup, titles: Mapping[str, str], about: str) -> list[Finding]:
     pooled = {(name, metric): group.pooled(name, metric) for name in group.effects for metric in STUDY_METRICS}
     figures = {key: found for key, found in pooled.items() if found is not None}
-    adjusted = dict(zip(figures, corrected(list(figures.values())), strict=True))
+    adjusted = corrected_by_key(figures)
     words_of = {"worse": "amplified", "better": "damped", "tied": "tied", "changed": "changed"}
     says = {
         "worse": "low precision amplifies noise",
@@ -403,7 +403,7 @@ def _errors(group: NoiseGroup, titles: Mapping[str, str], prefix: str, about: st
         every = [errors[noise, name] for noise in by_noise if (noise, name) in errors]
         if len(every) == len(by_noise):
             errors["", name] = mean(every)
-    adjusted = dict(zip(errors, corrected(list(errors.values()), null=1.0), strict=True))
+    adjusted = corrected_by_key(errors, null=1.0)
     rows = [
         StudyRow(
             noise.replace("_", " ") or "Mean over the noises (mqCE)",

@@ -11,7 +11,7 @@ from bitquake.reports.entries import LEVEL
 from bitquake.reports.evaluation import Evaluation
 from bitquake.reports.problems import Problem
 from bitquake.reports.runs import Cell
-from bitquake.reports.studies.joint import STUDY_METRICS, Pairs, corrected, draw_together, mean
+from bitquake.reports.studies.joint import STUDY_METRICS, Pairs, draw_together, judged, mean
 from bitquake.reports.studies.study import Study, StudyCell
 
 Effects = dict[str, dict[str, Figure]]
@@ -111,4 +111,4 @@ def single_effects(group: NoiseGroup) -> dict[tuple[str, str, str], tuple[Figure
         for task, figures in effects.items()
         for metric, figure in figures.items()
     }
-    return {key: (every[key], p) for key, p in zip(every, corrected(list(every.values())), strict=True)}
+    return judged(every)

@@ -103,9 +103,9 @@ class StudyPage:
     cautions: Sequence[str] = ()
 
 
-def words(text: str, css: str = "") -> Shown:
+def words(text: str) -> Shown:
     """A cell of words."""
-    return Shown(TableCell(text, css=css))
+    return Shown(TableCell(text))
 
 
 def missing(note: str = "") -> Shown:

@@ -22,7 +22,7 @@ from bitquake.reports.problems import Problem
 from bitquake.reports.schema import TransferEntry
 from bitquake.reports.studies.architectures import SELECTIVE_METRICS, Architecture, architectures
 from bitquake.reports.studies.effects import EffectRow, effect_table
-from bitquake.reports.studies.joint import METRIC_WORDS, corrected, mean
+from bitquake.reports.studies.joint import METRIC_WORDS, corrected_by_key, mean
 from bitquake.reports.studies.naming import bits_of, cell_titles, method_of, precision
 from bitquake.reports.studies.page import (
     Compared,
@@ -104,7 +104,7 @@ def _value_table(
         for metric in metrics
         if name != group.twin.name and (found := group.change(name, confidence, task, metric)) is not None
     }
-    adjusted = dict(zip(changes, corrected(list(changes.values())), strict=True))
+    adjusted = corrected_by_key(changes)
     n = len(group.cells[task][group.twin.name].answers)
     for name in names:
         cells: list[Shown] = []
@@ -244,7 +244,7 @@ def _quantized(group: Architecture, titles: Mapping[str, str], about: str) -> li
         for metric in metrics
         if (found := group.change(cell.name, confidence, task, metric)) is not None
     }
-    adjusted = dict(zip(changes, corrected(list(changes.values())), strict=True))
+    adjusted = corrected_by_key(changes)
     findings = []
     for bits in dict.fromkeys(bits_of(cell) for cell in group.others):
         parts: list[str] = []
@@ -271,7 +271,7 @@ def _learned(group: Architecture, about: str) -> list[Finding]:
             kept = [one for one in found if one is not None]
             if kept:
                 wanted[confidence, task] = (mean(kept), len(kept))
-    adjusted = dict(zip(wanted, corrected([found for found, _ in wanted.values()]), strict=True))
+    adjusted = corrected_by_key({key: found for key, (found, _) in wanted.items()})
     findings = []
     for confidence in group.confidences[1:]:
         told = tell(

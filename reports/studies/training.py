@@ -12,7 +12,7 @@ from bitquake.metrics import METRICS, Figure
 from bitquake.reports.problems import Problem
 from bitquake.reports.studies.arms import SWITCHES, Arm, Bench, benches
 from bitquake.reports.studies.effects import EffectRow, effect_table
-from bitquake.reports.studies.joint import STUDY_METRICS, corrected
+from bitquake.reports.studies.joint import STUDY_METRICS, corrected, corrected_by_key, judged
 from bitquake.reports.studies.naming import listing, precision
 from bitquake.reports.studies.page import (
     Compared,
@@ -100,8 +100,7 @@ def _rows(bench: Bench, prefix: str, about: str) -> StudySection:
 
 
 def _judged(differences: Mapping[tuple[str, str], Figure | None]) -> _Judged:
-    known = {key: found for key, found in differences.items() if found is not None}
-    return {key: (known[key], p) for key, p in zip(known, corrected(list(known.values())), strict=True)}
+    return judged({key: found for key, found in differences.items() if found is not None})
 
 
 def _base_changes(bench: Bench, condition: str) -> _Judged:
@@ -404,7 +403,7 @@ def _ablation(bench: Bench, prefix: str, about: str) -> StudySection | None:
             for metric in metrics
             if arm is not whole and (found := bench.less(arm, whole, condition, metric)) is not None
         }
-        adjusted = dict(zip(changes, corrected(list(changes.values())), strict=True))
+        adjusted = corrected_by_key(changes)
         rows = []
         for arm in [whole, *(one for one in own if one is not whole)]:
             switches = _switches(arm) or {}

@@ -6,7 +6,6 @@ The ``train`` split is written to the user's cache when it is wanted.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -112,11 +111,11 @@ def _schema(family: str) -> Any:
 
 def write(family: str, split: str, folder: Path = DATA) -> Path:
     """Write one split, atomically. Equal pictures of neighbouring rows are stored once (dictionary encoding)."""
+    from bitquake.tasks.sources import replacing
+
     target = folder / family / f"{split}.parquet"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    _write(family, splits.rows(family, split), temporary)
-    os.replace(temporary, target)
+    with replacing(target) as new:
+        _write(family, splits.rows(family, split), new)
     return target
 
 

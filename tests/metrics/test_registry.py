@@ -64,7 +64,7 @@ def test_what_is_not_available_is_not_ranked() -> None:
 
 
 def test_the_room_needs_numpy_and_scipy_only() -> None:
-    heavy = ("torch", "lmms_eval", "datasets", "transformers", "pandas", "sklearn")
+    heavy = ("scipy.stats", "torch", "lmms_eval", "datasets", "transformers", "pandas", "sklearn")
     code = f"import sys, bitquake.metrics; print([m for m in {heavy!r} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
